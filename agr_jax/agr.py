@@ -1,0 +1,489 @@
+"""Adaptive Gradient Reconstruction (AGR) as an optax gradient transformation.
+
+Adversarial training has two gradients for every parameter leaf: the clean one, `g_c`, and the
+adversarial one, `g_a`. AGR combines them by their cosine. Where they conflict (cosine < 0) it
+removes from `g_a` the part along `g_c` (gradient orthogonal projection, GOP); where they agree it
+interpolates between them by the cosine itself (GICS); then it clips what it changed.
+
+Example:
+    >>> import jax.numpy as jnp, optax
+    >>> from agr_jax import agr_transform
+    >>> optimizer = optax.chain(agr_transform(clip_norm=None, clip="none"), optax.sgd(1.0))
+    >>> params = {"w": jnp.zeros(2)}
+    >>> clean, adversarial = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 1.0])}
+    >>> updates, _ = optimizer.update(
+    ...     adversarial, optimizer.init(params), params, clean_grads=clean
+    ... )
+    >>> updates["w"].tolist()  # the part of g_a that opposes g_c is gone
+    [0.0, -1.0]
+
+Source: "Balancing Generalization and Robustness in Adversarial Training via Steering through Clean
+and Adversarial Gradient Directions", ACM MM 2024, section 3.4 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Interpolation = Literal["cosine", "mean"] | float
+Clip = Literal["changed", "interpolated", "all", "none"]
+Granularity = Literal["leaf", "global"]
+
+_COSINE_GUARD = 1e-20  # the published code adds this to the product of the norms
+
+
+class GradientPair(NamedTuple):
+    """A clean and an adversarial gradient tree of the same structure.
+
+    Attributes:
+        clean: gradient of the clean loss, a tree with the structure of the parameters.
+        adversarial: gradient of the adversarial loss, the same structure.
+    """
+
+    clean: PyTree
+    adversarial: PyTree
+
+
+class AGRState(NamedTuple):
+    """State of `agr_transform`: the step, and what the last update measured.
+
+    The diagnostics are float32 vectors with one entry per leaf, in the order of `leaf_names`
+    (one entry in all with `granularity="global"`), and NaN where no clean gradient was given. Read
+    one from a whole optimiser state with `optax.tree.get(opt_state, "cosine")`.
+
+    Attributes:
+        step: int32 scalar, the number of updates made.
+        cosine: cosine between the clean and the adversarial gradient; 0 if either is zero.
+        projected: 1 where GOP acted, else 0.
+        clean_norm: Euclidean norm of the clean gradient.
+        adversarial_norm: Euclidean norm of the adversarial gradient.
+    """
+
+    step: jax.Array
+    cosine: jax.Array
+    projected: jax.Array
+    clean_norm: jax.Array
+    adversarial_norm: jax.Array
+
+
+def agr_transform(
+    *,
+    gop_start: int | None = 0,
+    gics_start: int | None = 0,
+    interpolation: Interpolation = "cosine",
+    interpolate_negative: bool = False,
+    clip_norm: float | None = 0.1,
+    clip: Clip = "changed",
+    clip_start: int | None = None,
+    granularity: Granularity = "leaf",
+) -> optax.GradientTransformationExtraArgs:
+    """Combines a clean and an adversarial gradient, leaf by leaf, as AGR does.
+
+    Put it first in an `optax.chain`; weight decay and momentum act on its result. The update takes
+    both gradients in one of two forms, and returns plain updates with the structure of `params`:
+    `update(GradientPair(clean=..., adversarial=...), state, params)`, or
+    `update(adversarial, state, params, clean_grads=clean)`.
+
+    What happens to a leaf:
+
+    ============  =================  ==========================================  ============
+    cosine        active part        result before the clip                      branch
+    ============  =================  ==========================================  ============
+    < 0           GOP                g_a - (<g_a,g_c> / <g_c,g_c>) g_c           projected
+    < 0           not GOP            g_a (interpolated with a mean or a tau if   plain /
+                                     `interpolate_negative`)                     interpolated
+    >= 0          interpolation      w g_c + (1 - w) g_a                         interpolated
+    >= 0          not interpolation  g_a                                         plain
+    ============  =================  ==========================================  ============
+
+    Edge cases, per leaf, with both parts active and before the clip:
+
+    =====================================  ====================================================
+    leaf                                   result
+    =====================================  ====================================================
+    g_c = 0                                g_a (the cosine counts as 0; no NaN)
+    g_a = 0                                0 with GICS; (1 - tau) g_c with a fixed tau
+    both 0                                 0
+    parallel, g_a = k g_c, k > 0           g_c with GICS (the cosine is 1)
+    anti-parallel, g_a = -k g_c            0, up to the rounding of g_a
+    scalar, signs differ                   0; equal signs: g_c with GICS
+    empty                                  empty; cosine 0
+    NaN or infinity in either gradient     NaN in the whole leaf, so that a later
+                                           `optax.apply_if_finite` sees it
+    the same, neither part active          g_a as it is
+    =====================================  ====================================================
+
+    With both parts active, and before momentum and weight decay, every leaf of the result `G`
+    satisfies `<G, g_c> >= 0` and `<G, g_a> >= 0` up to rounding: one step descends both losses
+    (Theorem 4.1).
+
+    Reductions are float32 (float64 for float64 gradients) and scaled against under- and overflow.
+    Under `pmap` or `shard_map`, average *both* gradients over the devices first: the combination
+    is not linear.
+
+    .. warning::
+        `optax.MultiSteps` and `optax.apply_if_finite` around a chain that takes `clean_grads=`
+        see only the adversarial gradient: the first would use the clean gradient of the last
+        micro-batch, the second would let a NaN in the clean gradient through. Wrap the chain with
+        `from_gradient_pair` for `MultiSteps`, and put `apply_if_finite` after AGR.
+
+    Args:
+        gop_start: step (counted from 0) from which GOP acts; `None` for never.
+        gics_start: step from which the interpolation acts; `None` for never.
+        interpolation: `"cosine"` (w is the cosine), `"mean"` (w = 1/2), or tau in [0, 1], the share
+            of the adversarial gradient (w = 1 - tau).
+        interpolate_negative: with a mean or a tau, interpolate also leaves of negative cosine while
+            GOP does not act on them.
+        clip_norm: C, the largest Euclidean norm of a clipped leaf; positive. `None` only with
+            `clip="none"`.
+        clip: which leaves are clipped: `"changed"` (projected and interpolated ones),
+            `"interpolated"`, `"all"` or `"none"`.
+        clip_start: step from which leaves are clipped; by default the earlier of the two starts.
+        granularity: `"leaf"`, or `"global"` to treat the whole tree as one leaf.
+
+    Returns:
+        A transformation. With `clean_grads=None` it leaves the adversarial gradient as it is (but
+        for `clip="all"`), advances the step and records NaN diagnostics.
+
+    Raises:
+        ValueError: if an argument is out of range, or the two gradients differ in structure.
+    """
+    _check_arguments(
+        gop_start=gop_start,
+        gics_start=gics_start,
+        interpolation=interpolation,
+        interpolate_negative=interpolate_negative,
+        clip_norm=clip_norm,
+        clip=clip,
+        clip_start=clip_start,
+        granularity=granularity,
+    )
+    if clip_start is None:
+        starts = [start for start in (gop_start, gics_start) if start is not None]
+        clip_start = min(starts) if starts else None
+
+    def is_active(start: int | None, step: jax.Array) -> jax.Array | bool:
+        return False if start is None else step >= start
+
+    def combine(
+        g_a: list[jax.Array], g_c: list[jax.Array], step: jax.Array
+    ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+        """Combines one group of arrays: a leaf, or the whole tree."""
+        clean, adversarial = _Scaled.of(g_c), _Scaled.of(g_a)
+        cosine = adversarial.cosine(clean)
+        conflict = cosine < 0
+        finite = jnp.isfinite(cosine)
+
+        projected = is_active(gop_start, step) & conflict
+        agreeing = ~projected if interpolate_negative else ~conflict
+        interpolated = is_active(gics_start, step) & agreeing & finite
+
+        if interpolation == "cosine":
+            weight = cosine
+        else:
+            tau = 0.5 if interpolation == "mean" else cast(float, interpolation)
+            weight = jnp.full_like(cosine, 1 - tau)
+        # One linear combination serves both branches: g = clean_factor * g_c + rest * g_a.
+        clean_factor = jnp.where(
+            projected,
+            -adversarial.projection_factor(clean),
+            jnp.where(interpolated, weight, 0),
+        )
+        adversarial_factor = jnp.where(interpolated, 1 - weight, 1)
+        changed = projected | interpolated
+        poisoned = (is_active(gop_start, step) | is_active(gics_start, step)) & ~finite
+
+        result = []
+        for a, c in zip(g_a, g_c, strict=True):
+            dtype = _reduction_dtype([a])
+            mixed = adversarial_factor * a.astype(dtype) + clean_factor * c.astype(dtype)
+            mixed = jnp.where(changed, mixed, a.astype(dtype))
+            result.append(jnp.where(poisoned, jnp.nan, mixed))
+
+        clipped = {"changed": changed, "interpolated": interpolated, "all": True, "none": False}
+        result = clip_group(result, clipped[clip], step)
+        result = [r.astype(a.dtype) for r, a in zip(result, g_a, strict=True)]
+        return result, (cosine, projected, clean.norm, adversarial.norm)
+
+    def clip_group(
+        group: list[jax.Array], selected: jax.Array | bool, step: jax.Array
+    ) -> list[jax.Array]:
+        if selected is False or clip_start is None or clip_norm is None:
+            return group
+        norm = _Scaled.of(group).norm
+        too_long = is_active(clip_start, step) & selected & ~(norm <= clip_norm)
+        factor = jnp.where(too_long, clip_norm / jnp.where(too_long, norm, 1), 1)
+        return [g * factor.astype(_reduction_dtype([g])) for g in group]
+
+    def clip_only(group: list[jax.Array], step: jax.Array) -> list[jax.Array]:
+        wide = [g.astype(_reduction_dtype([g])) for g in group]
+        clipped = clip_group(wide, clip == "all", step)
+        return [c.astype(g.dtype) for c, g in zip(clipped, group, strict=True)]
+
+    def groups_of(leaves: list[jax.Array]) -> list[list[jax.Array]]:
+        return [leaves] if granularity == "global" else [[leaf] for leaf in leaves]
+
+    def init(params: PyTree) -> AGRState:
+        if isinstance(params, GradientPair):
+            params = params.adversarial
+        count = len(groups_of(jax.tree.leaves(params)))
+        return AGRState(jnp.zeros([], jnp.int32), *(jnp.full([count], jnp.nan) for _ in range(4)))
+
+    def update(
+        updates: PyTree,
+        state: AGRState,
+        params: PyTree | None = None,
+        *,
+        clean_grads: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, AGRState]:
+        del params, extra_args
+        if isinstance(updates, GradientPair):
+            if clean_grads is not None:
+                raise ValueError(
+                    "agr_transform got a GradientPair and clean_grads: give the clean gradient once"
+                )
+            clean_grads, updates = updates
+        adversarial, structure = jax.tree.flatten(updates)
+        next_step = optax.safe_increment(state.step)
+
+        if clean_grads is None:
+            outs = [clip_only(group, state.step) for group in groups_of(adversarial)]
+            unknown = jnp.full([len(outs)], jnp.nan, jnp.float32)
+            next_state = AGRState(next_step, unknown, unknown, unknown, unknown)
+        else:
+            _check_pair(updates, clean_grads)
+            pairs = zip(
+                groups_of(adversarial), groups_of(jax.tree.leaves(clean_grads)), strict=True
+            )
+            combined = [combine(g_a, g_c, state.step) for g_a, g_c in pairs]
+            outs = [group for group, _ in combined]
+            measured = [_vector(column) for column in zip(*(m for _, m in combined), strict=True)]
+            next_state = AGRState(next_step, *(measured or [jnp.zeros([0])] * 4))
+        flat = [leaf for group in outs for leaf in group]
+        return jax.tree.unflatten(structure, flat), next_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def from_gradient_pair(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps a chain that contains AGR so that a `GradientPair` is what flows in.
+
+    Wrappers that know nothing of extra arguments then handle both gradients:
+    `flax.training.train_state.TrainState`, `optax.lookahead`, and `optax.MultiSteps`, which
+    averages both over the micro-batches:
+
+        optimizer = optax.MultiSteps(from_gradient_pair(optax.chain(agr_transform(), ...)), 4)
+        state = optimizer.init(GradientPair(params, params))
+        updates, state = optimizer.update(GradientPair(clean, adversarial), state, params)
+        params = optax.apply_updates(params, updates)
+
+    Args:
+        transformation: a whole chain, with `agr_transform` (or a wrapper that forwards
+            `clean_grads` to one) in it.
+
+    Returns:
+        A transformation whose `update` takes a `GradientPair`, and whose `init` takes the
+        parameters or, as `MultiSteps` wants it, a pair of them.
+
+    Raises:
+        TypeError: from `update`, if what flows in is not a `GradientPair`.
+    """
+    inner = optax.with_extra_args_support(transformation)
+
+    def init(params: PyTree) -> optax.OptState:
+        return inner.init(params.adversarial if isinstance(params, GradientPair) else params)
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, optax.OptState]:
+        if not isinstance(updates, GradientPair):
+            raise TypeError(
+                "from_gradient_pair takes a GradientPair(clean=..., adversarial=...), got "
+                f"{type(updates).__name__}"
+            )
+        if isinstance(params, GradientPair):
+            params = params.adversarial
+        return inner.update(
+            updates.adversarial, state, params, clean_grads=updates.clean, **extra_args
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clean_and_adversarial_grads(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    clean: PyTree,
+    adversarial: PyTree,
+    *,
+    aux: PyTree | None = None,
+) -> Any:
+    """Takes the gradient of one loss at clean and at adversarial inputs.
+
+    The clean backward pass ends before the adversarial pass begins, so only one set of activations
+    is alive at a time.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> loss`; with `aux` given,
+            `loss_fn(params, batch, aux) -> (loss, next aux)`.
+        params: tree of parameters.
+        clean: what `loss_fn` takes as the clean batch.
+        adversarial: what it takes as the adversarial batch.
+        aux: state such as BatchNorm statistics, threaded through the clean pass first and then,
+            as that left it, through the adversarial pass.
+
+    Returns:
+        `(pair, (clean loss, adversarial loss))`, and with `aux` also the final aux.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair, losses = clean_and_adversarial_grads(
+        ...     lambda w, x: jnp.sum(w * x), jnp.ones(2), jnp.array([1.0, 2.0]), jnp.zeros(2)
+        ... )
+        >>> pair.clean.tolist(), pair.adversarial.tolist()
+        ([1.0, 2.0], [0.0, 0.0])
+    """
+    if aux is None:
+        loss_and_grad = jax.value_and_grad(loss_fn)
+        clean_loss, clean_grads = loss_and_grad(params, clean)
+        clean_grads, adversarial = jax.lax.optimization_barrier((clean_grads, adversarial))
+        adversarial_loss, adversarial_grads = loss_and_grad(params, adversarial)
+        return GradientPair(clean_grads, adversarial_grads), (clean_loss, adversarial_loss)
+    loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    (clean_loss, aux), clean_grads = loss_and_grad(params, clean, aux)
+    clean_grads, adversarial, aux = jax.lax.optimization_barrier((clean_grads, adversarial, aux))
+    (adversarial_loss, aux), adversarial_grads = loss_and_grad(params, adversarial, aux)
+    return GradientPair(clean_grads, adversarial_grads), (clean_loss, adversarial_loss), aux
+
+
+def leaf_names(params: PyTree) -> tuple[str, ...]:
+    """Names the leaves of a tree, in the order of the diagnostics in `AGRState`.
+
+    Example:
+        >>> leaf_names({"conv": {"kernel": 0.0, "bias": 0.0}})
+        ('conv/bias', 'conv/kernel')
+    """
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
+
+
+class _Scaled(NamedTuple):
+    """A group of arrays divided by its largest magnitude, so that squares stay in range."""
+
+    arrays: list[jax.Array]
+    scale: jax.Array
+    unit_norm: jax.Array  # norm of the divided arrays: 0, or between 1 and sqrt(size)
+
+    @classmethod
+    def of(cls, arrays: list[jax.Array]) -> _Scaled:
+        dtype = _reduction_dtype(arrays)
+        wide = [a.astype(dtype) for a in arrays]
+        scale = jnp.zeros([], dtype)
+        for a in wide:
+            if a.size:
+                scale = jnp.maximum(scale, jnp.max(jnp.abs(a)))
+        divisor = jnp.where(scale == 0, 1, scale)
+        divided = [a / divisor for a in wide]
+        squares = sum((jnp.sum(a * a) for a in divided), start=jnp.zeros([], dtype))
+        return cls(divided, scale, jnp.sqrt(squares))
+
+    @property
+    def norm(self) -> jax.Array:
+        return self.scale * self.unit_norm
+
+    def dot(self, other: _Scaled) -> jax.Array:
+        """Inner product of the divided arrays."""
+        products = (jnp.sum(a * b) for a, b in zip(self.arrays, other.arrays, strict=True))
+        return sum(products, start=jnp.zeros_like(self.scale))
+
+    def cosine(self, other: _Scaled) -> jax.Array:
+        """`<a,b> / (|a||b| + 1e-20)`, the reference's guard, evaluated on the divided arrays."""
+        norms = self.unit_norm * other.unit_norm
+        scales = self.scale * other.scale
+        guard = _COSINE_GUARD / jnp.where(scales == 0, 1, scales)
+        return jnp.clip(self.dot(other) / (norms + guard), -1, 1)
+
+    def projection_factor(self, onto: _Scaled) -> jax.Array:
+        """The k for which self - k * onto is orthogonal to onto; 0 if onto is zero."""
+        square = onto.unit_norm**2
+        factor = self.dot(onto) / jnp.where(square == 0, 1, square)
+        return factor * (self.scale / jnp.where(onto.scale == 0, 1, onto.scale))
+
+
+def _reduction_dtype(arrays: list[jax.Array]) -> Any:
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32) if arrays else jnp.float32
+
+
+def _vector(scalars: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.stack([jnp.asarray(s).astype(jnp.float32) for s in scalars])
+
+
+def _check_pair(adversarial: PyTree, clean: PyTree) -> None:
+    a_structure, c_structure = jax.tree.structure(adversarial), jax.tree.structure(clean)
+    if a_structure != c_structure:
+        raise ValueError(
+            "the clean and the adversarial gradient differ in structure: "
+            f"clean {c_structure}, adversarial {a_structure}"
+        )
+    names = leaf_names(adversarial)
+    leaves = zip(names, jax.tree.leaves(clean), jax.tree.leaves(adversarial), strict=True)
+    for name, c, a in leaves:
+        if jnp.shape(c) != jnp.shape(a):
+            raise ValueError(
+                f"leaf {name!r}: the clean gradient has shape {jnp.shape(c)}, "
+                f"the adversarial one {jnp.shape(a)}"
+            )
+
+
+def _check_arguments(
+    *,
+    gop_start: int | None,
+    gics_start: int | None,
+    interpolation: Interpolation,
+    interpolate_negative: bool,
+    clip_norm: float | None,
+    clip: str,
+    clip_start: int | None,
+    granularity: str,
+) -> None:
+    starts = {"gop_start": gop_start, "gics_start": gics_start, "clip_start": clip_start}
+    for name, start in starts.items():
+        if start is not None and start < 0:
+            raise ValueError(f"{name} must be a step >= 0 or None, got {start}")
+    if isinstance(interpolation, str):
+        if interpolation not in ("cosine", "mean"):
+            raise ValueError(
+                "interpolation must be 'cosine', 'mean' or a number tau in [0, 1], "
+                f"got {interpolation!r}"
+            )
+    elif not 0 <= interpolation <= 1:
+        raise ValueError(f"interpolation as tau must lie in [0, 1], got {interpolation}")
+    if interpolate_negative and interpolation == "cosine":
+        raise ValueError(
+            "interpolate_negative needs interpolation='mean' or a tau: "
+            "a negative cosine is no interpolation weight"
+        )
+    if clip not in ("changed", "interpolated", "all", "none"):
+        raise ValueError(
+            f"clip must be 'changed', 'interpolated', 'all' or 'none', got {clip!r}"
+        )
+    if clip != "none" and (clip_norm is None or not clip_norm > 0 or math.isinf(clip_norm)):
+        raise ValueError(
+            f"clip_norm must be a positive finite number (or clip='none'), got {clip_norm}"
+        )
+    if clip == "all" and gop_start is None and gics_start is None and clip_start is None:
+        raise ValueError(
+            "clip='all' with gop_start=None and gics_start=None would never clip: set clip_start"
+        )
+    if granularity not in ("leaf", "global"):
+        raise ValueError(f"granularity must be 'leaf' or 'global', got {granularity!r}")

@@ -1,0 +1,173 @@
+"""FGSM and projected gradient descent (PGD) under any threat model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agr_jax import losses
+from agr_jax.threat import ThreatModel
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent on a loss, for a fixed number of steps; returns the last iterate.
+
+    Called as `attack(logits_fn, images, labels, key)`; the iterations are one `lax.fori_loop` under
+    `jit`. A plain `logits_fn` is part of the compiled program's identity: pass the same function
+    object again, or a pytree such as `jax.tree_util.Partial(model.apply, variables)`, and nothing
+    is compiled twice.
+
+    Attributes:
+        threat: ball to stay in, such as `Linf(8 / 255)`.
+        steps: number of gradient steps, at least 1.
+        step_size: length of one step in the threat's norm; by default `2.5 * epsilon / steps`.
+        random_start: start at a random point of the ball instead of the image.
+        loss: `loss(logits, labels) -> [batch]`, to be raised.
+        box_every_step: clip to [0, 1] after every step. The published AGR code clips only the start
+            and the result (`False`), so that its gradients are taken outside the box too.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from agr_jax.attacks import pgd
+        >>> from agr_jax.threat import Linf
+        >>> images, labels = jnp.full([1, 1, 1, 2], 0.5), jnp.array([0])
+        >>> attack = pgd(Linf(0.1), steps=10)
+        >>> attack(lambda x: x.reshape(-1, 2), images, labels, jax.random.key(0)).round(3).tolist()
+        [[[[0.4000000059604645, 0.6000000238418579]]]]
+    """
+
+    threat: ThreatModel
+    steps: int = 10
+    step_size: float | None = None
+    random_start: bool = True
+    loss: LossFn = losses.cross_entropy
+    box_every_step: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"PGD.steps must be at least 1, got {self.steps}")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"PGD.step_size must be positive, got {self.step_size}")
+
+    def __call__(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
+
+        Args:
+            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
+            images: floats in [0, 1].
+            labels: `[batch]` integers.
+            key: one JAX key, or one per image.
+
+        Raises:
+            ValueError: if images or labels have the wrong dtype, shape or range.
+        """
+        check_inputs(images, labels)
+        return _run_pgd(self, as_pytree(logits_fn), images, labels, key)
+
+    def from_start(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, start: jax.Array
+    ) -> jax.Array:
+        """The same, from given points `start` instead of a random one."""
+        check_inputs(images, labels)
+        return _ascend(self, as_pytree(logits_fn), images, labels, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class FGSM:
+    """One step of the full radius from the image itself.
+
+    Attributes:
+        threat: ball to stay in.
+        loss: `loss(logits, labels) -> [batch]`, to be raised.
+
+    Source: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015.
+    """
+
+    threat: ThreatModel
+    loss: LossFn = losses.cross_entropy
+
+    def __call__(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
+        if self.threat.epsilon == 0:
+            return images
+        step = PGD(self.threat, 1, self.threat.epsilon, random_start=False, loss=self.loss)
+        return step(logits_fn, images, labels, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_pgd(
+    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> jax.Array:
+    start = attack.threat.random_start(key, images) if attack.random_start else images
+    return _ascend(attack, logits_fn, images, labels, start)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ascend(
+    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, start: jax.Array
+) -> jax.Array:
+    threat = attack.threat
+    step_size = attack.step_size
+    if step_size is None:
+        step_size = 2.5 * threat.epsilon / attack.steps
+
+    def total_loss(candidates: jax.Array) -> jax.Array:
+        return attack.loss(logits_fn(candidates), labels).sum()
+
+    def step(_: int, candidates: jax.Array) -> jax.Array:
+        moved = candidates + step_size * threat.ascent(jax.grad(total_loss)(candidates))
+        return threat.project(moved, images, box=attack.box_every_step)
+
+    adversarial = jax.lax.fori_loop(0, attack.steps, step, start)
+    return jax.lax.stop_gradient(jnp.clip(adversarial, 0, 1))
+
+
+def as_pytree(logits_fn: LogitsFn) -> LogitsFn:
+    """Makes a callable acceptable to `jit`: pytrees of arrays as they are, others as constants."""
+    leaves = jax.tree.leaves(logits_fn)
+    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+        return logits_fn
+    return jax.tree_util.Partial(logits_fn)
+
+
+def check_inputs(images: jax.Array, labels: jax.Array) -> None:
+    """Refuses images and labels that no attack can mean.
+
+    Values are looked at only outside `jit`, where they are known.
+
+    Raises:
+        ValueError: images not floating or outside [0, 1], labels not integers or not one per image.
+    """
+    images, labels = _as_array(images), _as_array(labels)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be floats in [0, 1], got dtype {images.dtype}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels must be integers of shape {images.shape[:1]}, "
+            f"got {labels.dtype} of shape {labels.shape}"
+        )
+    if isinstance(images, jax.core.Tracer):
+        return
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # also true of NaN
+        raise ValueError(f"images must lie in [0, 1], got values from {low} to {high}")
+
+
+def _as_array(value: Any) -> Any:
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)

@@ -1,0 +1,210 @@
+"""CIFAR-10 and CIFAR-100 in their binary versions: folders or .tar.gz archives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agr_jax.data.archives import MissingMembersError, read_tar_members
+from agr_jax.data.dataset import Dataset, Split
+from agr_jax.errors import DataError
+
+_SIDE = 32
+_PIXEL_BYTES = 3 * _SIDE * _SIDE
+_NAMES_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One of the two official layouts."""
+
+    name: str
+    folder: str
+    archive: str
+    pickle_folder: str
+    train_files: tuple[str, ...]
+    test_file: str
+    names_file: str
+    records: Mapping[str, int]  # file -> number of records in the official set
+    labels: tuple[tuple[str, int], ...]  # (kind, number of classes) of each label byte
+    class_names: tuple[str, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        return len(self.labels) + _PIXEL_BYTES
+
+    @property
+    def num_classes(self) -> int:
+        return self.labels[-1][1]
+
+
+_CIFAR10 = _Layout(
+    name="CIFAR-10",
+    folder="cifar-10-batches-bin",
+    archive="cifar-10-binary.tar.gz",
+    pickle_folder="cifar-10-batches-py",
+    train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    test_file="test_batch.bin",
+    names_file="batches.meta.txt",
+    records={**{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, "test_batch.bin": 10_000},
+    labels=(("label", 10),),
+    class_names=(
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
+)
+_CIFAR100 = _Layout(
+    name="CIFAR-100",
+    folder="cifar-100-binary",
+    archive="cifar-100-binary.tar.gz",
+    pickle_folder="cifar-100-python",
+    train_files=("train.bin",),
+    test_file="test.bin",
+    names_file="fine_label_names.txt",
+    records={"train.bin": 50_000, "test.bin": 10_000},
+    labels=(("coarse label", 20), ("fine label", 100)),
+    class_names=tuple(f"class_{i}" for i in range(100)),
+)
+
+
+def read_cifar10(path: str | Path) -> Dataset:
+    """Reads CIFAR-10 from the folder `cifar-10-batches-bin` or `cifar-10-binary.tar.gz`.
+
+    Returns:
+        uint8 [N, 32, 32, 3] images in the official order; `complete` iff every file has its
+        official number of records.
+
+    Raises:
+        DataError: missing, damaged, or the Python pickle version, which is never read.
+    """
+    return _read(Path(path), _CIFAR10)
+
+
+def read_cifar100(path: str | Path) -> Dataset:
+    """Reads CIFAR-100 from the folder `cifar-100-binary` or `cifar-100-binary.tar.gz`.
+
+    Returns:
+        uint8 [N, 32, 32, 3] images in the official order with their fine labels; `complete` iff
+        every file has its official number of records.
+
+    Raises:
+        DataError: missing, damaged, or the Python pickle version, which is never read.
+    """
+    return _read(Path(path), _CIFAR100)
+
+
+def _read(path: Path, layout: _Layout) -> Dataset:
+    if path.is_dir():
+        contents = _read_folder(path, layout)
+    elif "-python" in path.name:
+        raise _pickle_error(path, layout)
+    else:
+        contents = _read_archive(path, layout)
+    names = contents.pop(layout.names_file, None)
+    class_names = layout.class_names if names is None else _class_names(path, names, layout)
+    parts = {file: _decode(path / file, content, layout) for file, content in contents.items()}
+    train_parts = [parts[file] for file in layout.train_files]
+    return Dataset(
+        name=layout.name,
+        class_names=class_names,
+        train=Split(
+            np.concatenate([part.images for part in train_parts]),
+            np.concatenate([part.labels for part in train_parts]),
+        ),
+        test=parts[layout.test_file],
+        validation=None,
+        source=str(path),
+        complete=all(len(parts[file]) == records for file, records in layout.records.items()),
+    )
+
+
+def _size_limits(layout: _Layout) -> dict[str, int]:
+    return {file: records * layout.record_bytes for file, records in layout.records.items()}
+
+
+def _read_folder(path: Path, layout: _Layout) -> dict[str, bytes]:
+    limits = _size_limits(layout)
+    missing = [file for file in limits if not (path / file).is_file()]
+    if missing:
+        has_pickles = (path / "data_batch_1").is_file() or (path / "train").is_file()
+        if path.name == layout.pickle_folder or has_pickles:
+            raise _pickle_error(path, layout)
+        raise DataError(
+            f"{path}: expected the {layout.name} files {', '.join(limits)}; "
+            f"missing {', '.join(missing)}"
+        )
+    contents = {}
+    for file, limit in {**limits, layout.names_file: _NAMES_LIMIT}.items():
+        if not (path / file).is_file():
+            continue  # the class names, the only file that may be absent
+        size = (path / file).stat().st_size
+        if size > limit:
+            raise DataError(f"{path / file}: expected at most {limit:,} bytes, found {size:,}")
+        contents[file] = (path / file).read_bytes()
+    return contents
+
+
+def _read_archive(path: Path, layout: _Layout) -> dict[str, bytes]:
+    prefix = f"{layout.folder}/"
+    try:
+        members = read_tar_members(
+            path,
+            {prefix + file: limit for file, limit in _size_limits(layout).items()},
+            optional={prefix + layout.names_file: _NAMES_LIMIT},
+        )
+    except MissingMembersError as error:
+        if any(name.startswith(f"{layout.pickle_folder}/") for name in error.found):
+            raise _pickle_error(path, layout) from error
+        raise
+    return {name.removeprefix(prefix): content for name, content in members.items()}
+
+
+def _decode(path: Path, content: bytes, layout: _Layout) -> Split:
+    """Turns records `<label bytes><R><G><B>` into images and their last label."""
+    records, rest = divmod(len(content), layout.record_bytes)
+    if rest or not records:
+        raise DataError(
+            f"{path}: expected a multiple of {layout.record_bytes} bytes ({layout.name} records), "
+            f"at least one, found {len(content):,} bytes: {records:,} records and {rest} bytes"
+        )
+    table = np.frombuffer(content, np.uint8).reshape(records, layout.record_bytes)
+    for column, (kind, classes) in enumerate(layout.labels):
+        bad = np.flatnonzero(table[:, column] >= classes)
+        if bad.size:
+            raise DataError(
+                f"{path}: {kind} {table[bad[0], column]} of record {bad[0]} is outside "
+                f"0..{classes - 1}: damaged, or not {layout.name}"
+            )
+    pixels = table[:, len(layout.labels) :].reshape(records, 3, _SIDE, _SIDE)
+    return Split(
+        np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)),
+        table[:, len(layout.labels) - 1].astype(np.int32),
+    )
+
+
+def _class_names(path: Path, content: bytes, layout: _Layout) -> tuple[str, ...]:
+    lines = content.decode("utf-8", errors="replace").split("\n")
+    names = tuple(line.strip() for line in lines if line.strip())
+    if len(names) != layout.num_classes:
+        raise DataError(
+            f"{path / layout.names_file}: expected {layout.num_classes} class names, "
+            f"found {len(names)}"
+        )
+    return names
+
+
+def _pickle_error(path: Path, layout: _Layout) -> DataError:
+    return DataError(
+        f"{path} is the Python (pickle) version of {layout.name}, which is never read because "
+        f"unpickling runs code; get the binary version, {layout.archive} or the folder "
+        f"{layout.folder}"
+    )

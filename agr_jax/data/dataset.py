@@ -1,0 +1,177 @@
+"""In-memory image data sets, checked when they are made, and class-balanced parts of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agr_jax.errors import DataError
+
+# Separate random streams, so that holding out and subsetting with one seed stay independent.
+_SUBSET_STREAM = 0
+_HOLD_OUT_STREAM = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+        images: uint8 [N, H, W, C], 0..255, N >= 1.
+        labels: int32 [N].
+
+    Raises:
+        DataError: another dtype, rank or length, or no images at all.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8:
+            found = f"{images.dtype}"
+            if images.size and images.dtype.kind in "fiub":
+                found += f" with values in [{images.min()}, {images.max()}]"
+            hint = (
+                "; give uint8 images (float images in [0, 1]: round(255 * images))"
+                if images.dtype.kind == "f"
+                else ""
+            )
+            raise DataError(f"images must be uint8 with values 0..255, found {found}{hint}")
+        if images.ndim != 4:
+            raise DataError(f"images must be [N, H, W, C], found shape {images.shape}")
+        if labels.dtype != np.int32 or labels.ndim != 1:
+            raise DataError(f"labels must be int32 [N], found {labels.dtype} {labels.shape}")
+        if len(images) != len(labels):
+            raise DataError(f"found {len(images)} images but {len(labels)} labels")
+        if images.size == 0:
+            raise DataError(f"a split must hold at least one image, found shape {images.shape}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """Returns the examples at `indices` (int [M]), in that order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification data set held in memory.
+
+    Attributes:
+        name: as people write it, for example "CIFAR-10".
+        class_names: one name per class; labels index it.
+        train: training examples.
+        test: test examples.
+        validation: examples held out of the training set, or None.
+        source: where it was read from.
+        complete: False for a part of the official set.
+
+    Raises:
+        DataError: a label outside 0..num_classes-1, or splits of different image shapes.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    validation: Split | None
+    source: str
+    complete: bool
+
+    def __post_init__(self) -> None:
+        splits = {"train": self.train, "test": self.test, "validation": self.validation}
+        for split_name, split in splits.items():
+            if split is None:
+                continue
+            bad = np.flatnonzero((split.labels < 0) | (split.labels >= self.num_classes))
+            if bad.size:
+                raise DataError(
+                    f"{self.name}: label {split.labels[bad[0]]} of {split_name} example {bad[0]} "
+                    f"is outside 0..{self.num_classes - 1}"
+                )
+            if split.images.shape[1:] != self.image_shape:
+                raise DataError(
+                    f"{self.name}: {split_name} images are {split.images.shape[1:]}, "
+                    f"train images are {self.image_shape}"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (H, W, C)."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def describe(self) -> str:
+        """Returns one line: name, sizes, image shape, classes, source, [SUBSET] if partial."""
+        sizes = f"{len(self.train):,} + {len(self.test):,}"
+        held_out = "" if self.validation is None else f" (+ {len(self.validation):,} held out)"
+        shape = "x".join(str(side) for side in self.image_shape)
+        subset = "" if self.complete else " [SUBSET]"
+        return (
+            f"{self.name}: {sizes} images{held_out} of {shape}, {self.num_classes} classes, "
+            f"from {self.source}{subset}"
+        )
+
+
+def class_balanced_subset(split: Split, examples: int, *, num_classes: int, seed: int) -> Split:
+    """Draws `examples` examples without replacement, the same number from every class.
+
+    Counts of two classes differ by at most one. The examples keep their order. The same seed gives
+    the same subset, and a smaller subset lies inside a larger one.
+
+    Raises:
+        DataError: more examples than the split, or one of its classes, can give.
+    """
+    return split.take(_balanced_indices(split, examples, num_classes, (_SUBSET_STREAM, seed)))
+
+
+def hold_out(split: Split, examples: int, *, num_classes: int, seed: int) -> tuple[Split, Split]:
+    """Takes a class-balanced `examples` examples out of a split.
+
+    Returns:
+        (rest, held out): disjoint, together the whole split, each in the split's order.
+
+    Raises:
+        DataError: more examples than the split, or one of its classes, can give; nothing left.
+    """
+    indices = _balanced_indices(split, examples, num_classes, (_HOLD_OUT_STREAM, seed))
+    if len(indices) == len(split):
+        raise DataError(f"holding out all {examples:,} examples leaves none to train on")
+    rest = np.delete(np.arange(len(split)), indices)
+    return split.take(rest), split.take(indices)
+
+
+def _balanced_indices(
+    split: Split, examples: int, num_classes: int, seed: Sequence[int]
+) -> np.ndarray:
+    """Sorted indices, int [examples], of a class-balanced draw."""
+    if examples < 1 or min(seed) < 0:
+        raise DataError(f"examples must be >= 1 and seed >= 0, got {examples} and {seed[-1]}")
+    if examples > len(split):
+        raise DataError(f"asked for {examples:,} examples, but there are {len(split):,}")
+    counts = np.bincount(split.labels, minlength=num_classes)
+    if len(counts) > num_classes:
+        raise DataError(f"found label {len(counts) - 1}, expected labels 0..{num_classes - 1}")
+    base, extra = divmod(examples, num_classes)
+    generator = np.random.default_rng(list(seed))
+    order = generator.permutation(num_classes)
+    # Classes that can spare one more example take the remainder.
+    wanted = np.full(num_classes, base)
+    wanted[[label for label in order if counts[label] > base][:extra]] += 1
+    if (counts < wanted).any() or wanted.sum() < examples:
+        scarcest = int(counts.argmin())
+        largest = num_classes * counts[scarcest] + int((counts > counts[scarcest]).sum())
+        raise DataError(
+            f"asked for {examples:,} class-balanced examples ({base} or {base + 1} of each class), "
+            f"but class {scarcest} has {counts[scarcest]}; ask for at most {largest:,}"
+        )
+    members = [generator.permutation(np.flatnonzero(split.labels == c)) for c in range(num_classes)]
+    return np.sort(np.concatenate([members[c][: wanted[c]] for c in range(num_classes)]))

@@ -1,0 +1,25 @@
+"""Mistakes that a user can mend: each message names what is wrong and what would be right."""
+
+
+class UserError(Exception):
+    """Base of the errors that `launch.py` prints in one line, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config field that does not exist, has the wrong type, or is out of range."""
+
+
+class DataError(UserError, ValueError):
+    """A data set that is missing, damaged, partial, or not what its name says."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that is missing or belongs to another model, data set or run."""
+
+
+class RunFolderError(UserError, RuntimeError):
+    """A run folder that is in use, or that holds a run with another config."""
+
+
+class NonFiniteLossError(UserError, FloatingPointError):
+    """A loss that became NaN or infinite."""

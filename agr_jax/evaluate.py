@@ -1,0 +1,316 @@
+"""A checkpoint's row: accuracy on clean images and under attacks, in evaluation mode, in float32."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import agr_jax
+from agr_jax import checkpoints, mesh, methods, models, run_folder
+from agr_jax import config as config_module
+from agr_jax.attacks import FGSM, PGD, Attack
+from agr_jax.config import Config
+from agr_jax.data import Dataset, Split, load_dataset, to_unit_range
+from agr_jax.data.batches import evaluation_batches
+from agr_jax.errors import CheckpointError, ConfigError
+from agr_jax.metrics import Progress, write_atomically
+from agr_jax.models import Classifier
+from agr_jax.threat import ThreatModel
+
+
+def make_attack(name: str, threat: ThreatModel, step_size: float) -> Attack | None:
+    """An evaluation attack by name.
+
+    Args:
+        name: `clean` (no attack), `fgsm`, or `pgd<steps>` such as `pgd20`.
+        threat: the ball.
+        step_size: of PGD.
+
+    Raises:
+        ConfigError: on another name.
+    """
+    if name == "clean":
+        return None
+    if name == "fgsm":
+        return FGSM(threat)
+    match = re.fullmatch(r"pgd([1-9]\d*)", name)
+    if match is None:
+        raise ConfigError(
+            f"config.eval.attacks: must be of 'clean', 'fgsm' and 'pgd<steps>', got {name!r}"
+        )
+    return PGD(threat, steps=int(match[1]), step_size=step_size)
+
+
+def correct_under_attack(
+    classifier: Classifier,
+    attack: Attack | None,
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    on: Mesh,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Which images are classified correctly after the attack.
+
+    The attack's draws depend on the seed and on an image's position in the split alone, not on the
+    batch size or the number of devices.
+
+    Args:
+        classifier: network with its variables.
+        attack: `None` for the clean images.
+        split: images and labels.
+        seed: of the attack.
+        batch_size: images at a time; the last batch is filled up, so that one program serves all.
+        on: devices to share each batch.
+        progress: advanced by one per batch.
+
+    Returns:
+        Booleans `[examples]`.
+    """
+    batch_size = min(batch_size, len(split.labels))
+    batch_size += -batch_size % on.size
+    root = jax.random.key(seed)
+    masks = []
+    for start, stop in evaluation_batches(len(split.labels), batch_size):
+        # The last batch repeats its last image until it is full.
+        rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, root))(rows)
+        batch = jax.device_put(
+            (split.images[rows], split.labels[rows], keys), mesh.batch_sharding(on)
+        )
+        with jax.default_matmul_precision("float32"):
+            correct = _correct(attack, classifier, *batch)
+        masks.append(np.asarray(correct)[: stop - start])
+        if progress is not None:
+            progress.advance()
+    return np.concatenate(masks)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _correct(
+    attack: Attack | None,
+    classifier: Classifier,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+) -> jax.Array:
+    inputs = to_unit_range(images)
+    if attack is not None:
+        inputs = attack(classifier, inputs, labels, keys)
+    return jnp.argmax(classifier(inputs), axis=-1) == labels
+
+
+def evaluate_run(
+    folder: Path,
+    config: Config,
+    *,
+    which: Sequence[str] = ("last", "best"),
+    dataset: Dataset | None = None,
+    on: Mesh | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluates checkpoints of a run on the test set, and saves `evaluations/<which>.json`.
+
+    Args:
+        folder: the run folder.
+        config: its config, possibly with other `eval` fields.
+        which: `last`, `best` (left out where the run held nothing out), or both.
+        dataset: already loaded, or `None` to load it.
+        on: devices, by default all.
+
+    Returns:
+        One record per checkpoint: what the JSON file holds.
+
+    Raises:
+        CheckpointError: if the run has no checkpoint, or one of another model or data set.
+    """
+    dataset = dataset if dataset is not None else dataset_from_config(config)
+    on = on if on is not None else mesh.data_mesh()
+    threat = methods.threat_model(config.attack)
+    attacks = {
+        name: make_attack(name, threat, config.eval.step_size) for name in config.eval.attacks
+    }
+    examples = config.eval.examples or len(dataset.test.labels)
+    if examples > len(dataset.test.labels):
+        raise ConfigError(
+            f"config.eval.examples: {examples} asked for, the test set has "
+            f"{len(dataset.test.labels)}"
+        )
+    split = Split(dataset.test.images[:examples], dataset.test.labels[:examples])
+    records = []
+    for name in which:
+        if name == "best" and config.data.validation_examples == 0:
+            continue
+        checkpoint = checkpoints.find(folder, name)
+        classifier, about = load_classifier(checkpoint, config, dataset, on)
+        record = {
+            "checkpoint": name,
+            "step": about["step"],
+            "epoch": about["epoch"],
+            "data": dataset.describe(),
+            "complete_data": dataset.complete,
+            "examples": examples,
+            "seed": config.seed,
+            "threat": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
+            "attacks": {},
+            "environment": _environment(on),
+            "config": config_module.to_dict(config),
+        }
+        batches = -(-examples // config.eval.batch_size)
+        for attack_name, attack in attacks.items():
+            started = time.perf_counter()
+            with Progress(f"{name}, {attack_name}", batches, unit="batch") as progress:
+                correct = correct_under_attack(
+                    classifier,
+                    attack,
+                    split,
+                    seed=config.seed,
+                    batch_size=config.eval.batch_size,
+                    on=on,
+                    progress=progress,
+                )
+            record["attacks"][attack_name] = {
+                "correct": int(correct.sum()),
+                "accuracy": float(correct.mean()),
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+        run_folder.evaluations_path(folder).mkdir(exist_ok=True)
+        write_atomically(
+            run_folder.evaluations_path(folder) / f"{name}.json",
+            json.dumps(record, indent=2) + "\n",
+        )
+        records.append(record)
+    return records
+
+
+def dataset_from_config(config: Config) -> Dataset:
+    """Reads the data set that a config names."""
+    data = config.data
+    return load_dataset(
+        data.name,
+        directory=data.dir or None,
+        image_size=data.image_size or None,
+        subset_ok=data.subset_ok,
+        train_examples=data.train_examples or None,
+        validation_examples=data.validation_examples,
+        seed=config.seed,
+    )
+
+
+def model_from_config(config: Config, num_classes: int, dtype: Any = jnp.float32) -> Any:
+    """The network that a config names, on this backend.
+
+    Raises:
+        ConfigError: on an unknown name.
+    """
+    model = config.model
+    try:
+        return models.create(
+            model.name,
+            num_classes,
+            width=model.width or None,
+            mean=model.mean,
+            std=model.std,
+            conv=None if model.conv == "auto" else model.conv,  # type: ignore[arg-type]
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.model.name: {error}") from error
+
+
+def description(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """The model and the data set, as a checkpoint's `about` holds them."""
+    as_dict = config_module.to_dict(config)
+    return {
+        "model": {
+            **{name: as_dict["model"][name] for name in ("name", "width", "mean", "std")},
+            "num_classes": dataset.num_classes,
+            "image_shape": list(dataset.image_shape),
+        },
+        "data set": {"name": dataset.name, "complete": dataset.complete},
+    }
+
+
+def load_classifier(
+    checkpoint: Path, config: Config, dataset: Dataset, on: Mesh
+) -> tuple[Classifier, dict[str, Any]]:
+    """Reads a checkpoint's network.
+
+    Returns:
+        The classifier, and the checkpoint's `about`.
+
+    Raises:
+        CheckpointError: if it is a checkpoint of another model or data set.
+    """
+    about = checkpoints.read_about(checkpoint)
+    checkpoints.check_same(about, description(config, dataset), checkpoint)
+    model = model_from_config(config, dataset.num_classes)
+    image = jnp.zeros([1, *dataset.image_shape])
+    shapes = jax.eval_shape(lambda: dict(model.init(jax.random.key(0), image)))
+    everywhere = mesh.replicated(on)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+    )
+    return Classifier(model, checkpoints.restore(checkpoint, "variables", like)), about
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as a Markdown table, accuracies in percent."""
+    if not records:
+        raise CheckpointError("nothing was evaluated")
+    names = list(records[0]["attacks"])
+    titles = [name.upper().replace("PGD", "PGD-") if name != "clean" else name for name in names]
+    lines = [
+        "| checkpoint | epoch | " + " | ".join(titles) + " |",
+        "|---|---|" + "---|" * len(titles),
+    ]
+    for record in records:
+        cells = [f"{100 * record['attacks'][name]['accuracy']:.2f}" for name in names]
+        lines.append(f"| {record['checkpoint']} | {record['epoch']} | " + " | ".join(cells) + " |")
+    record = records[0]
+    note = "" if record["complete_data"] else "; a SUBSET of the data set, not comparable"
+    threat = record["threat"]
+    lines.append("")
+    lines.append(
+        f"% correct of {record['examples']} test images, {threat['norm']} "
+        f"epsilon {threat['epsilon']:.4g}, seed {record['seed']}{note}"
+    )
+    return "\n".join(lines)
+
+
+def _environment(on: Mesh) -> dict[str, Any]:
+    device = on.devices.flat[0]
+    return {
+        "agr_jax": agr_jax.__version__,
+        "commit": _commit(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{on.size} x {device.device_kind} ({device.platform})",
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package lies in, if it lies in one."""
+    git = Path(__file__).resolve().parents[1] / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (git / name).exists():
+            return (git / name).read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
+    except OSError:
+        return None

@@ -1,0 +1,85 @@
+"""Losses on logits, one value per example, for training to lower and attacks to raise.
+
+Every function takes logits `[batch, classes]` (float, any scale) and integer labels `[batch]` and
+returns `[batch]` in the dtype of the logits. None of them makes a NaN from finite logits, in the
+value or in the gradient.
+
+Example:
+    >>> import jax.numpy as jnp
+    >>> from agr_jax import losses
+    >>> logits, labels = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([1])
+    >>> losses.margin(logits, labels).tolist()
+    [1.0]
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Cross-entropy `-log softmax(logits)[label]`, in nats.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: `[batch]`, integers in `[0, classes)`.
+        label_smoothing: share of the target spread evenly over all classes, in `[0, 1)`.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    loss = -_pick(log_probabilities, labels)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean(-1)
+    return loss
+
+
+def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Largest other logit minus the label's: positive where misclassified.
+
+    Its sign-gradient attack is the "CW-inf" of adversarial training papers (without kappa).
+    """
+    return _best_other(logits, labels) - _pick(logits, labels)
+
+
+def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Difference of logits ratio, `margin / (z_(1) - z_(3) + 1e-12)`; needs three classes.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+    diverse parameter-free attacks", ICML 2020, equation 6.
+    """
+    _need_classes(logits, 3, "dlr")
+    ordered = jnp.sort(logits, axis=-1)
+    return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+
+
+def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+    """Targeted DLR, `(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`; needs four classes.
+
+    Source: as `dlr`, equation 7.
+    """
+    _need_classes(logits, 4, "targeted_dlr")
+    ordered = jnp.sort(logits, axis=-1)
+    spread = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12
+    return (_pick(logits, targets) - _pick(logits, labels)) / spread
+
+
+def kl_divergence(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
+    """KL(softmax(logits) || softmax(other_logits)) per example, in nats, with 0 log 0 = 0."""
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other_logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _pick(values: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
+
+
+def _best_other(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    return jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+
+
+def _need_classes(logits: jax.Array, least: int, name: str) -> None:
+    if logits.shape[-1] < least:
+        raise ValueError(f"{name} needs at least {least} classes, got {logits.shape[-1]}")

@@ -1,0 +1,43 @@
+"""Devices and how arrays lie on them: data parallelism over one mesh axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from agr_jax.errors import ConfigError
+
+DATA_AXIS = "data"
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis over the given devices, by default all of them (over all processes)."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Refuses a batch that the devices cannot share evenly.
+
+    Raises:
+        ConfigError: naming the field, the batch size and the number of devices.
+    """
+    if batch_size % mesh.size:
+        raise ConfigError(
+            f"{field}: {batch_size} images cannot be shared evenly by {mesh.size} devices; "
+            f"use a multiple of {mesh.size}"
+        )

@@ -1,0 +1,51 @@
+"""Adversarial training as Madry et al. do it: cross-entropy on PGD's images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from agr_jax import losses
+from agr_jax.attacks import PGD, LogitsFn
+from agr_jax.methods.objective import Batch, Forward, Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialTraining:
+    """Clean loss: cross-entropy at x; adversarial loss: cross-entropy at the attack's x'.
+
+    Attributes:
+        attack: raises the cross-entropy of the network in evaluation mode.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+    """
+
+    attack: PGD
+
+    def adversarial_images(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Images in the attack's ball."""
+        return self.attack(logits_fn, images, labels, key)
+
+    def clean_loss(
+        self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
+    ) -> tuple[jax.Array, Outcome]:
+        """Cross-entropy of the clean images."""
+        return mean_cross_entropy(forward, params, batch_stats, batch.images, batch.labels)
+
+    def adversarial_loss(
+        self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
+    ) -> tuple[jax.Array, Outcome]:
+        """Cross-entropy of the adversarial images."""
+        return mean_cross_entropy(forward, params, batch_stats, batch.adversarial, batch.labels)
+
+
+def mean_cross_entropy(
+    forward: Forward, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Outcome]:
+    """Mean cross-entropy of one training-mode pass."""
+    logits, batch_stats = forward(params, batch_stats, images)
+    return losses.cross_entropy(logits, labels).mean(), Outcome(logits, batch_stats)

@@ -1,0 +1,31 @@
+"""Standard training: no attack. The twin that shows what adversarial training buys."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from agr_jax.attacks import LogitsFn
+from agr_jax.methods.at import mean_cross_entropy
+from agr_jax.methods.objective import Batch, Forward, Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardTraining:
+    """Both losses are the cross-entropy of the clean images."""
+
+    def adversarial_images(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """The images themselves."""
+        return images
+
+    def clean_loss(
+        self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
+    ) -> tuple[jax.Array, Outcome]:
+        """Cross-entropy of the clean images."""
+        return mean_cross_entropy(forward, params, batch_stats, batch.images, batch.labels)
+
+    adversarial_loss = clean_loss

@@ -1,0 +1,102 @@
+"""Networks in Flax Linen, with the input normalisation inside.
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from agr_jax import models
+    >>> model = models.create("preactresnet18", num_classes=10, width=8)
+    >>> variables = model.init(jax.random.key(0), jnp.zeros([1, 32, 32, 3]))
+    >>> classifier = models.Classifier(model, variables)
+    >>> classifier(jnp.zeros([2, 32, 32, 3])).shape
+    (2, 10)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from agr_jax.models.convolution import Implementation, default_implementation
+from agr_jax.models.preact_resnet import PreActResNet
+from agr_jax.models.wide_resnet import WideResNet
+
+__all__ = ["Classifier", "PreActResNet", "WideResNet", "create"]
+
+_NAMES = "'preactresnet18' or 'wrn<depth>_<widen factor>' with a depth of 6 n + 4, as 'wrn34_10'"
+
+
+def create(
+    name: str,
+    num_classes: int,
+    *,
+    width: int | None = None,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
+    conv: Implementation | None = None,
+    axis_name: str | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+) -> PreActResNet | WideResNet:
+    """Makes a network by name.
+
+    Args:
+        name: `"preactresnet18"`, or `"wrn<depth>_<widen factor>"` such as `"wrn34_10"`.
+        num_classes: number of logits.
+        width: channels of the first convolution; by default the published 64 (PreAct-ResNet) or 16
+            (WideResNet). Smaller for small machines.
+        mean: input mean per channel, for images in [0, 1].
+        std: input standard deviation per channel.
+        conv: `"canonical"` or `"plain"`, see `agr_jax.models.convolution`; by default the faster
+            one on this backend.
+        axis_name: mapped axis over which BatchNorm averages, under `pmap` and `shard_map`.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    settings: dict[str, Any] = {
+        "num_classes": num_classes,
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "conv": conv or default_implementation(),
+        "axis_name": axis_name,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+    }
+    if width is not None:
+        settings["width"] = width
+    if name == "preactresnet18":
+        return PreActResNet(**settings)
+    match = re.fullmatch(r"wrn(\d+)_(\d+)", name)
+    if match and int(match[1]) >= 10 and int(match[1]) % 6 == 4 and int(match[2]) >= 1:
+        return WideResNet(depth=int(match[1]), widen_factor=int(match[2]), **settings)
+    raise ValueError(f"unknown model {name!r}: choose {_NAMES}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A network with its variables, in evaluation mode, as a function from images to logits.
+
+    A pytree: `jit` sees the network as a constant and the variables as arguments, so attacking a
+    second checkpoint compiles nothing.
+
+    Attributes:
+        model: Linen module called as `model.apply(variables, images)`.
+        variables: `{"params": ..., "batch_stats": ...}`.
+    """
+
+    model: nn.Module = dataclasses.field(metadata={"static": True})
+    variables: Mapping[str, Any]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images `[batch, height, width, channels]` in [0, 1] to logits."""
+        logits = self.model.apply(self.variables, images)
+        assert isinstance(logits, jax.Array)
+        return logits

@@ -1,0 +1,95 @@
+"""Pre-activation ResNet for small images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from agr_jax.models.convolution import Implementation
+from agr_jax.models.layers import BatchNorm, Conv, Linear, normalize
+
+
+class PreActBlock(nn.Module):
+    """BN, ReLU, convolution, twice; the shortcut convolution reads the first ReLU's output."""
+
+    features: int
+    stride: int
+    conv: Implementation
+    axis_name: str | None
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, in]` to `[batch, height', width', features]`."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def conv(name: str, size: int, stride: int) -> Conv:
+            return Conv(self.features, size, stride, self.conv, name=name, **dtypes)
+
+        def norm(name: str) -> BatchNorm:
+            return BatchNorm(axis_name=self.axis_name, name=name, **dtypes)
+
+        activated = nn.relu(norm("bn1")(features, train=train))
+        shortcut = features
+        if self.stride != 1 or features.shape[-1] != self.features:
+            shortcut = conv("shortcut", 1, self.stride)(activated)
+        out = conv("conv1", 3, self.stride)(activated)
+        out = conv("conv2", 3, 1)(nn.relu(norm("bn2")(out, train=train)))
+        return out + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet; `blocks=(2, 2, 2, 2)` and `width=64` is PreAct-ResNet-18.
+
+    Takes images in [0, 1] and normalises them itself. Initialised as PyTorch initialises its
+    layers by default.
+
+    Attributes:
+        num_classes: number of logits.
+        blocks: residual blocks in each of the four stages.
+        width: channels of the first stage; each later stage has twice as many as the one before.
+        mean: input mean per channel, in [0, 1].
+        std: input standard deviation per channel.
+        conv: convolution implementation, see `agr_jax.models.convolution`.
+        axis_name: see `BatchNorm`.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters.
+
+    Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, as adversarial
+    training uses it (batch normalisation and ReLU before the pooling).
+    """
+
+    num_classes: int
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    width: int = 64
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    conv: Implementation = "plain"
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[batch, height, width, channels]` in [0, 1] to logits `[batch, classes]`."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        features = normalize(images, self.mean, self.std, self.dtype)
+        features = Conv(self.width, 3, 1, self.conv, name="conv1", **dtypes)(features)
+        for stage, count in enumerate(self.blocks):
+            for block in range(count):
+                features = PreActBlock(
+                    features=self.width * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    conv=self.conv,
+                    axis_name=self.axis_name,
+                    name=f"layer{stage + 1}_{block}",
+                    **dtypes,
+                )(features, train=train)
+        features = BatchNorm(axis_name=self.axis_name, name="bn", **dtypes)(features, train=train)
+        pooled = nn.relu(features).mean((1, 2))
+        logits = Linear(self.num_classes, name="linear", **dtypes)(pooled)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -1,0 +1,94 @@
+"""Wide residual network for small images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from agr_jax.models.convolution import Implementation
+from agr_jax.models.layers import BatchNorm, Conv, Linear, normalize
+
+_conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class WideBlock(nn.Module):
+    """BN, ReLU, convolution, twice; where the shape changes, the shortcut reads the first ReLU."""
+
+    features: int
+    stride: int
+    conv: Implementation
+    axis_name: str | None
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, in]` to `[batch, height', width', features]`."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def conv(name: str, size: int, stride: int) -> Conv:
+            return Conv(self.features, size, stride, self.conv, _conv_init, name=name, **dtypes)
+
+        def norm(name: str) -> BatchNorm:
+            return BatchNorm(axis_name=self.axis_name, name=name, **dtypes)
+
+        activated = nn.relu(norm("bn1")(features, train=train))
+        same_shape = features.shape[-1] == self.features
+        shortcut = features if same_shape else conv("conv_shortcut", 1, self.stride)(activated)
+        out = conv("conv1", 3, self.stride)(activated)
+        out = conv("conv2", 3, 1)(nn.relu(norm("bn2")(out, train=train)))
+        return out + shortcut
+
+
+class WideResNet(nn.Module):
+    """WideResNet-`depth`-`widen_factor`, taking images in [0, 1] and normalising them itself.
+
+    Attributes:
+        num_classes: number of logits.
+        depth: 6 n + 4, with n blocks in each of the three stages.
+        widen_factor: k; the stages have `width * k * (1, 2, 4)` channels.
+        width: channels of the first convolution; 16 in the published networks.
+        mean: input mean per channel, in [0, 1].
+        std: input standard deviation per channel.
+        conv: convolution implementation, see `agr_jax.models.convolution`.
+        axis_name: see `BatchNorm`.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters.
+
+    Source: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, as TRADES uses it.
+    """
+
+    num_classes: int
+    depth: int = 34
+    widen_factor: int = 10
+    width: int = 16
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    conv: Implementation = "plain"
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[batch, height, width, channels]` in [0, 1] to logits `[batch, classes]`."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        features = normalize(images, self.mean, self.std, self.dtype)
+        features = Conv(self.width, 3, 1, self.conv, _conv_init, name="conv1", **dtypes)(features)
+        for stage in range(3):
+            for block in range((self.depth - 4) // 6):
+                features = WideBlock(
+                    features=self.width * self.widen_factor * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    conv=self.conv,
+                    axis_name=self.axis_name,
+                    name=f"block{stage + 1}_{block}",
+                    **dtypes,
+                )(features, train=train)
+        features = BatchNorm(axis_name=self.axis_name, name="bn1", **dtypes)(features, train=train)
+        pooled = nn.relu(features).mean((1, 2))
+        logits = Linear(self.num_classes, zero_bias=True, name="fc", **dtypes)(pooled)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -1,0 +1,115 @@
+"""The folder of one run: its lock, its config, and where everything in it lies.
+
+`config.json`, `metrics.jsonl`, `checkpoints/`, `evaluations/*.json`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agr_jax import config as config_module
+from agr_jax.config import Config
+from agr_jax.errors import RunFolderError
+from agr_jax.metrics import write_atomically
+
+# A run may be continued with other values of these: they do not change what was trained so far.
+_MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir", "config.epochs")
+
+
+def config_path(folder: Path) -> Path:
+    """Where a run keeps its config."""
+    return folder / "config.json"
+
+
+def metrics_path(folder: Path) -> Path:
+    """Where a run keeps its metrics."""
+    return folder / "metrics.jsonl"
+
+
+def checkpoints_path(folder: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return folder / "checkpoints"
+
+
+def evaluations_path(folder: Path) -> Path:
+    """Where a run keeps its evaluations."""
+    return folder / "evaluations"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this process; the system frees it however we end.
+
+    Raises:
+        RunFolderError: if another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"run folder {folder}: cannot be written: {error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = (folder / ".lock").read_text().strip() or "unknown"
+            raise RunFolderError(
+                f"run folder {folder} is in use by another process (pid {owner}); "
+                "wait for it, stop it, or give another --workdir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Writes the run's config, or checks that the folder holds the same run already.
+
+    Raises:
+        RunFolderError: if it holds another run, naming the fields that differ.
+    """
+    path = config_path(folder)
+    mine = config_module.to_dict(config)
+    if path.exists():
+        theirs = config_module.to_dict(read_config(folder))
+        differing = {
+            name: values
+            for name, values in config_module.differences(theirs, mine).items()
+            if not name.startswith(_MAY_CHANGE)
+        }
+        if differing:
+            listed = "; ".join(
+                f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items()
+            )
+            raise RunFolderError(
+                f"run folder {folder} holds another run ({listed}); "
+                "give another --workdir, or the same settings to continue it"
+            )
+    elif checkpoints_path(folder).is_dir() and any(checkpoints_path(folder).iterdir()):
+        raise RunFolderError(
+            f"run folder {folder} has checkpoints but no config.json; give another --workdir"
+        )
+    write_atomically(path, json.dumps(mine, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+        RunFolderError: if the folder is no run, or its config cannot be read.
+        ConfigError: if a field in it is not understood.
+    """
+    try:
+        values = json.loads(config_path(folder).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder} is no run folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{config_path(folder)} cannot be read: {error}") from error
+    return config_module.from_config_dict(values)

@@ -1,0 +1,270 @@
+"""Threat models: the balls around an image, intersected with the box [0, 1], that attacks search.
+
+A threat model is a small frozen object such as `Linf(8 / 255)`. Images are float arrays
+`[batch, ...]` with values in [0, 1]; every method treats the examples of a batch independently.
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from agr_jax.threat import Linf
+    >>> images = jnp.full([2, 4, 4, 3], 0.5)
+    >>> threat = Linf(8 / 255)
+    >>> start = threat.random_start(jax.random.key(0), images)
+    >>> bool((threat.distance(start, images) <= 8 / 255 + 1e-6).all())
+    True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+_TINY = 1e-12
+
+
+@runtime_checkable
+class ThreatModel(Protocol):
+    """What an attack asks of a ball around the clean images."""
+
+    @property
+    def epsilon(self) -> float:
+        """Radius, in units of the [0, 1] range."""
+        ...
+
+    def random_start(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Draws a point of the ball and the box around each image.
+
+        Args:
+            key: one JAX key, or an array with one per image (draws then do not depend on batching).
+            images: `[batch, ...]` in [0, 1].
+        """
+        ...
+
+    def ascent(self, gradient: jax.Array) -> jax.Array:
+        """The step of unit length along which the loss rises most, per image; 0 for gradient 0."""
+        ...
+
+    def project(
+        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
+    ) -> jax.Array:
+        """Maps candidates into the ball around `images` and, with `box`, into [0, 1]."""
+        ...
+
+    def distance(self, candidates: jax.Array, images: jax.Array) -> jax.Array:
+        """Norm of `candidates - images` per image, `[batch]`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Linf:
+    """Every pixel moves by at most `epsilon`."""
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self)
+
+    def random_start(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Uniform in the cube, then clipped to the box."""
+        noise = _per_image(
+            key,
+            images,
+            lambda k, shape: jax.random.uniform(k, shape, images.dtype, -1, 1),
+        )
+        return jnp.clip(images + self.epsilon * noise, 0, 1)
+
+    def ascent(self, gradient: jax.Array) -> jax.Array:
+        """Sign of the gradient."""
+        return jnp.sign(gradient)
+
+    def project(
+        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
+    ) -> jax.Array:
+        """Clips the perturbation, then the image."""
+        inside = images + jnp.clip(candidates - images, -self.epsilon, self.epsilon)
+        return jnp.clip(inside, 0, 1) if box else inside
+
+    def distance(self, candidates: jax.Array, images: jax.Array) -> jax.Array:
+        """Largest absolute difference."""
+        return jnp.max(jnp.abs(_flat(candidates - images)), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2:
+    """The perturbation of an image has a Euclidean norm of at most `epsilon`."""
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self)
+
+    def random_start(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Uniform in the ball, then clipped to the box."""
+
+        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            direction_key, radius_key = jax.random.split(key)
+            direction = jax.random.normal(direction_key, shape, images.dtype)
+            radius = jax.random.uniform(radius_key, (), images.dtype) ** (1 / math.prod(shape))
+            return radius * direction / jnp.sqrt(jnp.sum(direction**2))
+
+        return jnp.clip(images + self.epsilon * _per_image(key, images, draw), 0, 1)
+
+    def ascent(self, gradient: jax.Array) -> jax.Array:
+        """Gradient over its Euclidean norm."""
+        return gradient / (_expand(_norm2(gradient), gradient) + _TINY)
+
+    def project(
+        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
+    ) -> jax.Array:
+        """Scales the perturbation back to the ball, then clips the image to the box.
+
+        Clipping moves every pixel towards the image, so the result stays in the ball.
+        """
+        perturbation = candidates - images
+        norm = _expand(_norm2(perturbation), perturbation)
+        factor = jnp.where(norm > self.epsilon, self.epsilon / jnp.maximum(norm, _TINY), 1)
+        inside = images + perturbation * factor
+        return jnp.clip(inside, 0, 1) if box else inside
+
+    def distance(self, candidates: jax.Array, images: jax.Array) -> jax.Array:
+        """Euclidean norm of the difference."""
+        return _norm2(candidates - images)
+
+
+@dataclasses.dataclass(frozen=True)
+class L1:
+    """The absolute values of an image's perturbation sum to at most `epsilon`.
+
+    Attributes:
+        epsilon: radius.
+        sparsity: share of the pixels that one step leaves alone, in [0, 1): the sign of the
+            largest `1 - sparsity` of the gradient (SLIDE; Tramer and Boneh, NeurIPS 2019).
+            `None` steps along the dense gradient over its L1 norm, which is a far weaker attack.
+    """
+
+    epsilon: float
+    sparsity: float | None = 0.99
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self)
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"L1.sparsity must lie in [0, 1) or be None, got {self.sparsity}")
+
+    def random_start(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Uniform in the ball, then projected into ball and box."""
+
+        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            value_key, radius_key = jax.random.split(key)
+            direction = jax.random.laplace(value_key, shape, images.dtype)
+            radius = jax.random.uniform(radius_key, (), images.dtype) ** (1 / math.prod(shape))
+            return radius * direction / jnp.sum(jnp.abs(direction))
+
+        return self.project(images + self.epsilon * _per_image(key, images, draw), images)
+
+    def ascent(self, gradient: jax.Array) -> jax.Array:
+        """Sign of the largest entries, or the dense gradient, over its L1 norm."""
+        if self.sparsity is None:
+            direction = gradient
+        else:
+            magnitude = jnp.abs(_flat(gradient))
+            kept = max(1, round((1 - self.sparsity) * magnitude.shape[1]))
+            threshold = jax.lax.top_k(magnitude, kept)[0][:, -1]
+            large = jnp.abs(gradient) >= _expand(threshold, gradient)
+            direction = jnp.where(large, jnp.sign(gradient), 0)
+        return direction / (_expand(_norm1(direction), gradient) + _TINY)
+
+    def project(
+        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
+    ) -> jax.Array:
+        """Nearest point, in the Euclidean norm, of the ball (and the box)."""
+        wanted = _flat(candidates - images)
+        magnitude = jnp.abs(wanted)
+        flat_images = _flat(images)
+        room = magnitude
+        if box:
+            room = jnp.minimum(room, jnp.where(wanted > 0, 1 - flat_images, flat_images))
+        shrunk = _shrink_to_l1_norm(magnitude, room, self.epsilon)
+        inside = flat_images + jnp.sign(wanted) * shrunk
+        # The room is a difference of floats: the sum may leave the box by a rounding.
+        inside = jnp.clip(inside, 0, 1) if box else inside
+        return inside.reshape(images.shape)
+
+    def distance(self, candidates: jax.Array, images: jax.Array) -> jax.Array:
+        """Sum of absolute differences."""
+        return _norm1(candidates - images)
+
+
+def _shrink_to_l1_norm(magnitude: jax.Array, room: jax.Array, epsilon: float) -> jax.Array:
+    """`min(max(magnitude - level, 0), room)` with the least level >= 0 whose sum is <= epsilon.
+
+    The sum falls with the level, piecewise linearly: bisection finds the piece, and one division
+    the level within it.
+    """
+
+    def shrink(level: jax.Array) -> jax.Array:
+        return jnp.minimum(jnp.maximum(magnitude - level[:, None], 0), room)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        too_long = shrink(middle).sum(1) > epsilon
+        return jnp.where(too_long, middle, low), jnp.where(too_long, high, middle)
+
+    highest = magnitude.max(1)
+    # As many halvings as the mantissa has bits: after them the bounds are neighbours.
+    halvings = jnp.finfo(magnitude.dtype).nmant + 2
+    low, high = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(highest), highest))
+    middle = 0.5 * (low + high)[:, None]
+    moving = (magnitude > middle) & (magnitude - middle < room)
+    count = moving.sum(1)
+    excess = (
+        jnp.where(moving, magnitude, jnp.where(magnitude > middle, room, 0)).sum(1) - epsilon
+    )
+    level = jnp.where(count > 0, excess / jnp.maximum(count, 1), high)
+    level = jnp.clip(level, low, high)
+    return shrink(jnp.where(room.sum(1) <= epsilon, 0, level))
+
+
+def image_keys(key: jax.Array, batch_size: int) -> jax.Array:
+    """One typed key per image, from one key, or from an array of them as it is.
+
+    Raises:
+        ValueError: if there are several keys, but not one per image.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.random.split(key, batch_size)
+    if key.shape != (batch_size,):
+        raise ValueError(f"key must be one key or one per image ({batch_size}), got {key.shape}")
+    return key
+
+
+def _per_image(key, images, draw):  # type: ignore[no-untyped-def]
+    keys = image_keys(key, images.shape[0])
+    return jax.vmap(lambda k: draw(k, images.shape[1:]))(keys)
+
+
+def _check_epsilon(threat: Linf | L2 | L1) -> None:
+    if not (threat.epsilon >= 0 and math.isfinite(threat.epsilon)):
+        name = type(threat).__name__
+        raise ValueError(f"{name}.epsilon must be a finite number >= 0, got {threat.epsilon}")
+
+
+def _flat(array: jax.Array) -> jax.Array:
+    return array.reshape(array.shape[0], -1)
+
+
+def _expand(per_image: jax.Array, like: jax.Array) -> jax.Array:
+    return per_image.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def _norm1(array: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.abs(_flat(array)), axis=1)
+
+
+def _norm2(array: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(_flat(array) ** 2, axis=1))

@@ -1,0 +1,413 @@
+"""The run: restore or start, the epoch loop, checkpoints, and the final evaluation."""
+
+from __future__ import annotations
+
+import collections
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from agr_jax import checkpoints, evaluate, mesh, methods, optim, run_folder
+from agr_jax.checkpoints import Checkpoints
+from agr_jax.config import Config
+from agr_jax.data import Augmentation, Dataset
+from agr_jax.data.batches import epoch_permutation, steps_per_epoch
+from agr_jax.errors import ConfigError, NonFiniteLossError
+from agr_jax.metrics import JsonLines, Progress
+from agr_jax.models import Classifier
+from agr_jax.train_step import Trainer, TrainState
+
+# Steps that may be dispatched before the oldest one's metrics are read: enough to keep a device
+# busy, few enough for the bar to be honest.
+_STEPS_IN_FLIGHT = 2
+
+
+def run(config: Config, folder: Path) -> int:
+    """Trains, or continues, the run in a folder, then evaluates it and prints its table.
+
+    Args:
+        config: settings of the run.
+        folder: the run folder.
+
+    Returns:
+        0, or 128 plus the number of the signal that interrupted it; the same call continues it.
+
+    Raises:
+        UserError: on whatever the user can mend; nothing that was saved is lost.
+    """
+    with run_folder.locked(folder), _StopOnSignal() as stop:
+        dataset = evaluate.dataset_from_config(config)
+        print(dataset.describe(), flush=True)
+        on = mesh.data_mesh()
+        trainer = create_trainer(config, dataset, on)
+        _check_before_start(config, dataset, on)
+        run_folder.claim(folder, config)
+        interrupted = _train(config, folder, trainer, dataset, stop)
+        if interrupted:
+            return 128 + interrupted
+        records = evaluate.evaluate_run(folder, config, dataset=dataset, on=on)
+        print(f"\n{config.name}, {folder}\n\n{evaluate.table(records)}", flush=True)
+        if config.data.validation_examples == 0:
+            print(
+                "No best checkpoint: nothing was held out to select it on "
+                "(--config.data.validation_examples=N)."
+            )
+        return 0
+
+
+def create_trainer(config: Config, dataset: Dataset, on: jax.sharding.Mesh) -> Trainer:
+    """The pure part of a run, from its config.
+
+    Raises:
+        ConfigError: on fields that do not fit each other or the devices.
+    """
+    mesh.check_divisible(config.batch_size, on, "config.batch_size")
+    data = config.data
+    per_epoch = steps_per_epoch(len(dataset.train.labels), config.batch_size, data.last_batch)
+    dtype = jnp.bfloat16 if config.precision.train == "bfloat16" else jnp.float32
+    return Trainer(
+        model=evaluate.model_from_config(config, dataset.num_classes, dtype),
+        method=methods.from_config(config),
+        optimizer=optim.create(config, per_epoch),
+        augmentation=Augmentation(
+            crop_padding=data.crop_padding,
+            flip=data.flip,
+            cutout=data.cutout,
+            cutout_size=data.cutout_size,
+        ),
+        batch_size=config.batch_size,
+        steps_per_epoch=per_epoch,
+        batch_stats=config.batch_stats,
+        on=on,
+    )
+
+
+def _check_before_start(config: Config, dataset: Dataset, on: jax.sharding.Mesh) -> None:
+    """Refuses now what would otherwise fail after training."""
+    for name in config.eval.attacks:
+        evaluate.make_attack(name, methods.threat_model(config.attack), config.eval.step_size)
+    if config.eval.examples > len(dataset.test.labels):
+        raise ConfigError(
+            f"config.eval.examples: {config.eval.examples} asked for, the test set has "
+            f"{len(dataset.test.labels)}"
+        )
+    last = len(dataset.train.labels) % config.batch_size
+    if config.data.last_batch == "keep" and last:
+        mesh.check_divisible(last, on, "config.data.last_batch=keep leaves a last batch")
+    channels = dataset.image_shape[-1]
+    for name in ("mean", "std"):
+        entries = len(getattr(config.model, name))
+        if entries not in (1, channels):
+            raise ConfigError(
+                f"config.model.{name}: needs 1 or {channels} entries for images of {channels} "
+                f"channels, got {entries}"
+            )
+
+
+def _train(
+    config: Config, folder: Path, trainer: Trainer, dataset: Dataset, stop: _StopOnSignal
+) -> int:
+    """Trains up to `config.epochs`; returns the signal that interrupted it, or 0."""
+    per_epoch = trainer.steps_per_epoch
+    total = config.epochs * per_epoch
+    root = jax.random.key(config.seed)
+    init_key, order_key, step_key = (jax.random.fold_in(root, i) for i in range(3))
+    everywhere = mesh.replicated(trainer.on)
+    with (
+        JsonLines(run_folder.metrics_path(folder)) as log,
+        Checkpoints(
+            run_folder.checkpoints_path(folder),
+            keep_steps=[epoch * per_epoch for epoch in config.checkpoints.keep_epochs],
+            select_best=config.data.validation_examples > 0,
+        ) as saved,
+    ):
+        fresh = trainer.init(init_key, dataset.image_shape)
+        expected = evaluate.description(config, dataset)
+        state, meter = _restore_or_branch(config, folder, trainer, fresh, expected, saved)
+        first_step = int(state.step)
+        log.forget_after(first_step)
+        print(_plan(config, trainer, state, total), flush=True)
+
+        images, labels = jax.device_put(
+            (dataset.train.images, dataset.train.labels), everywhere
+        )
+        # One step from the pure function; the old state's memory is reused for the new one.
+        jitted = jax.jit(
+            trainer.step,
+            static_argnames=("clean_gradient", "batch_size"),
+            donate_argnames="state",
+        )
+
+        def save(step: int, score: float | None = None) -> None:
+            saved.save(
+                step,
+                variables=state.variables,
+                optimizer=state.opt_state,
+                about={
+                    **expected,
+                    "training": _training_description(config, trainer),
+                    "step": step,
+                    "epoch": step // per_epoch,
+                    "epoch_so_far": meter.as_dict(),
+                },
+                selection_metric=score,
+            )
+
+        progress = Progress("training", total, initial=first_step)
+        with progress, _matmul_precision(config):
+            for epoch in range(first_step // per_epoch, config.epochs):
+                order = jax.device_put(
+                    epoch_permutation(order_key, epoch, len(dataset.train.labels)), everywhere
+                )
+                in_flight: collections.deque[Any] = collections.deque()
+                started = time.perf_counter()
+                for step in range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch):
+                    position = (step % per_epoch) * config.batch_size
+                    size = min(config.batch_size, len(dataset.train.labels) - position)
+                    state, metrics = jitted(
+                        state,
+                        images,
+                        labels,
+                        order,
+                        step_key,
+                        clean_gradient=config.diagnostics
+                        or optim.uses_clean_gradient(config.agr, epoch),
+                        batch_size=size,
+                    )
+                    in_flight.append((step, size, metrics))
+                    if len(in_flight) > _STEPS_IN_FLIGHT:
+                        meter.read(*in_flight.popleft())
+                    progress.advance(note=meter.note())
+                    if stop.signal is not None and step + 1 < total:
+                        meter.read_all(in_flight)
+                        save(step + 1)
+                        saved.wait()
+                        print(
+                            f"stopped by {signal.Signals(stop.signal).name}: saved step {step + 1} "
+                            f"of {total} in {folder}; the same command continues",
+                            flush=True,
+                        )
+                        return stop.signal
+                meter.read_all(in_flight)
+                meter.seconds += time.perf_counter() - started
+                scores = _validate(config, trainer, state, dataset, epoch)
+                record = {
+                    "step": (epoch + 1) * per_epoch,
+                    "epoch": epoch + 1,
+                    "learning_rate": float(
+                        optim.schedule(config.optimizer, config.epochs, per_epoch)(
+                            (epoch + 1) * per_epoch - 1
+                        )
+                    ),
+                    "seconds": round(meter.seconds, 3),
+                    "images_per_second": round(meter.images / meter.seconds, 1),
+                    **meter.means(),
+                    **scores,
+                }
+                progress.print(_epoch_line(config, record))
+                log.write(record)
+                meter = _Meter()
+                done = epoch + 1
+                if (
+                    done % config.checkpoints.every_epochs == 0
+                    or done == config.epochs
+                    or done in config.checkpoints.keep_epochs
+                ):
+                    save(done * per_epoch, scores.get(checkpoints.SELECTION_METRIC))
+    return 0
+
+
+def _restore_or_branch(
+    config: Config,
+    folder: Path,
+    trainer: Trainer,
+    fresh: TrainState,
+    expected: dict[str, Any],
+    saved: Checkpoints,
+) -> tuple[TrainState, _Meter]:
+    """The state to go on from: this run's latest checkpoint, its base's, or the fresh one."""
+    if saved.latest_step() is not None:
+        source = checkpoints.find(folder)
+    elif config.init_from:
+        source = checkpoints.find(Path(config.init_from))
+    else:
+        return fresh, _Meter()
+    about = checkpoints.read_about(source)
+    expected = {**expected, "training": _training_description(config, trainer)}
+    checkpoints.check_same(about, expected, source)
+    step = about["step"]
+    if saved.latest_step() is None and step >= config.epochs * trainer.steps_per_epoch:
+        raise ConfigError(
+            f"config.epochs: {source} has done {about['epoch']} epochs already; "
+            f"a branch needs more than these, got {config.epochs}"
+        )
+    variables = checkpoints.restore(source, "variables", fresh.variables)
+    opt_state = checkpoints.restore(source, "optimizer", fresh.opt_state)
+    state = TrainState(
+        step=jax.device_put(jnp.asarray(step, jnp.int32), mesh.replicated(trainer.on)),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=opt_state,
+    )
+    print(f"going on from {source}, step {step}", flush=True)
+    return state, _Meter.from_dict(about["epoch_so_far"])
+
+
+def _training_description(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """What a branch must share with its base for its step count and statistics to mean the same."""
+    return {"batch_stats": config.batch_stats, "steps_per_epoch": trainer.steps_per_epoch}
+
+
+def _validate(
+    config: Config, trainer: Trainer, state: TrainState, dataset: Dataset, epoch: int
+) -> dict[str, float]:
+    """Accuracy on the held-out split, clean and under the training attack."""
+    done = epoch + 1
+    due = done % config.eval.every_epochs == 0 or done == config.epochs
+    if dataset.validation is None or not due:
+        return {}
+    model = evaluate.model_from_config(config, dataset.num_classes)
+    classifier = Classifier(model, state.variables)
+    attack = methods.training_attack(config.attack)
+    names = {"validation_clean_accuracy": None, checkpoints.SELECTION_METRIC: attack}
+    return {
+        name: float(
+            evaluate.correct_under_attack(
+                classifier,
+                attack,
+                dataset.validation,
+                seed=config.seed,
+                batch_size=config.eval.batch_size,
+                on=trainer.on,
+            ).mean()
+        )
+        for name, attack in names.items()
+    }
+
+
+def _plan(config: Config, trainer: Trainer, state: TrainState, total: int) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    device = trainer.on.devices.flat[0]
+    gop, interpolation = optim.start_epochs(config.agr)
+    agr = "off"
+    if config.agr.enabled:
+        agr = ", ".join(
+            f"{name} {'never' if start is None else f'from epoch {start}'}"
+            for name, start in (("GOP", gop), (f"{config.agr.interpolation} mix", interpolation))
+        )
+    return (
+        f"{config.name} ({config.profile}): {config.method}, AGR {agr}\n"
+        f"{config.model.name}, {count:,} parameters, on {trainer.on.size} x {device.device_kind}; "
+        f"steps {int(state.step)} to {total}, {trainer.steps_per_epoch} an epoch"
+    )
+
+
+def _epoch_line(config: Config, record: dict[str, Any]) -> str:
+    parts = [f"epoch {record['epoch']}/{config.epochs}"]
+    shown = {
+        "clean_loss": "clean loss {:.3f}",
+        "adversarial_loss": "adversarial loss {:.3f}",
+        "adversarial_accuracy": "training robust accuracy {:.1%}",
+        "validation_clean_accuracy": "held-out clean {:.1%}",
+        checkpoints.SELECTION_METRIC: "robust {:.1%}",
+        "projected": "projected {:.0%}",
+        "images_per_second": "{:.0f} images/s",
+    }
+    parts += [text.format(record[name]) for name, text in shown.items() if name in record]
+    return ", ".join(parts)
+
+
+def _matmul_precision(config: Config) -> Any:
+    names = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+    return jax.default_matmul_precision(names[config.precision.train])
+
+
+class _Meter:
+    """Sums of an epoch's metrics, weighted by batch size, and the last ones read."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self._sums: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def read(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits for one step's metrics and adds them.
+
+        Raises:
+            NonFiniteLossError: naming the step.
+        """
+        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in self._last.items():
+            if "loss" in name and not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"{name} is {value} at step {step}: training diverged; the last checkpoint is "
+                    "kept. Try a smaller config.optimizer.learning_rate"
+                )
+            self._sums[name] = self._sums.get(name, 0.0) + images * value
+        self.images += images
+
+    def read_all(self, in_flight: collections.deque[Any]) -> None:
+        """Reads everything that was dispatched."""
+        while in_flight:
+            self.read(*in_flight.popleft())
+
+    def means(self) -> dict[str, float]:
+        """The epoch's means."""
+        return {name: value / self.images for name, value in self._sums.items()}
+
+    def note(self) -> str:
+        """For the progress bar."""
+        loss, accuracy = (self._last.get(f"adversarial_{n}") for n in ("loss", "accuracy"))
+        return "" if loss is None else f"loss {loss:.3f}, robust {accuracy:.0%}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint within an epoch."""
+        return {"images": self.images, "seconds": self.seconds, "sums": dict(self._sums)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> _Meter:
+        """Back from a checkpoint."""
+        meter = cls()
+        meter.images, meter.seconds = values["images"], values["seconds"]
+        meter._sums = dict(values["sums"])
+        return meter
+
+
+class _StopOnSignal:
+    """Remembers a SIGINT or SIGTERM, for the loop to act on; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._remember)
+            except ValueError:  # not in the main thread: the caller's signals are not ours
+                break
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()

@@ -1,0 +1,95 @@
+"""Command line: trains and evaluates one run.
+
+python launch.py --config=configs/cifar10_at.py                       # the paper's recipe
+python launch.py --config=configs/cifar10_at.py:official              # another profile
+python launch.py --config=configs/cifar10_at.py --config.agr.enabled=False   # the baseline
+python launch.py --job=evaluate --workdir=runs/cifar10_at             # its own config.json
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from agr_jax.config import Config, from_config_dict
+from agr_jax.errors import UserError
+
+_HERE = Path(__file__).resolve().parent
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:PROFILE.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; by default runs/<name of the run>.")
+_JOB = flags.DEFINE_enum("job", "train", ["train", "evaluate"], "What to do.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the job; a mistake that the user can mend is one line, without a traceback."""
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}: flags look like --config.epochs=10")
+    if _CONFIG.value is None:
+        _fail("give --config=configs/FILE.py, or --workdir=RUN of an existing run")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes at INFO
+    try:
+        config = from_config_dict(_CONFIG.value)
+        sys.exit(_run(config, Path(_WORKDIR.value or f"runs/{_run_name(config)}")))
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def _run(config: Config, folder: Path) -> int:
+    if config.deterministic:  # before the backend starts
+        os.environ["XLA_FLAGS"] = (
+            os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+        )
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "agr_jax" / "xla"))
+
+    from agr_jax import evaluate, train
+
+    if _JOB.value == "train":
+        return train.run(config, folder)
+    records = evaluate.evaluate_run(folder, config)
+    print(f"{config.name}, {folder}\n\n{evaluate.table(records)}")
+    return 0
+
+
+def _run_name(config: Config) -> str:
+    """Name of the default run folder: runs with other names do not get in each other's way."""
+    profile = "" if config.profile == "paper" else f"-{config.profile}"
+    method = "" if config.method == "at" else f"-{config.method}"
+    agr = "" if config.agr.enabled else "-baseline"
+    seed = f"-seed{config.seed}" if config.seed else ""
+    return f"{config.name}{method}{profile}{agr}{seed}"
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _with_config_of_run(argv: list[str]) -> list[str]:
+    """Without --config=FILE, a run folder's own config.json is the config."""
+    named = any(a == "--config" or a.startswith("--config=") for a in argv)
+    folders = [a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")]
+    if named or not folders:
+        return argv
+    return [argv[0], f"--config={_HERE}/configs/from_run.py:{folders[-1]}", *argv[1:]]
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(_with_config_of_run(argv))
+    except (flags.Error, UserError, AttributeError, KeyError, FileNotFoundError) as error:
+        _fail(str(error.args[0] if isinstance(error, KeyError) else error))
+        raise
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)
