@@ -474,9 +474,7 @@ def _check_arguments(
             "a negative cosine is no interpolation weight"
         )
     if clip not in ("changed", "interpolated", "all", "none"):
-        raise ValueError(
-            f"clip must be 'changed', 'interpolated', 'all' or 'none', got {clip!r}"
-        )
+        raise ValueError(f"clip must be 'changed', 'interpolated', 'all' or 'none', got {clip!r}")
     if clip != "none" and (clip_norm is None or not clip_norm > 0 or math.isinf(clip_norm)):
         raise ValueError(
             f"clip_norm must be a positive finite number (or clip='none'), got {clip_norm}"

@@ -41,9 +41,7 @@ class Checkpoints:
         policies = [LatestN(1), CustomSteps(list(keep_steps))]
         if select_best:
             policies.append(
-                BestN(
-                    get_metric_fn=_selection_metric, n=1, keep_checkpoints_without_metrics=False
-                )
+                BestN(get_metric_fn=_selection_metric, n=1, keep_checkpoints_without_metrics=False)
             )
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
@@ -111,7 +109,11 @@ def find(path: Path, which: str = "last") -> Path:
         return path.absolute()
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = sorted(
-        (child for child in folder.glob("*") if child.name.isdigit() and (child / "about").is_dir()),
+        (
+            child
+            for child in folder.glob("*")
+            if child.name.isdigit() and (child / "about").is_dir()
+        ),
         key=lambda child: int(child.name),
     )
     if not steps:

@@ -47,9 +47,7 @@ class ThreatModel(Protocol):
         """The step of unit length along which the loss rises most, per image; 0 for gradient 0."""
         ...
 
-    def project(
-        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
-    ) -> jax.Array:
+    def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Maps candidates into the ball around `images` and, with `box`, into [0, 1]."""
         ...
 
@@ -80,9 +78,7 @@ class Linf:
         """Sign of the gradient."""
         return jnp.sign(gradient)
 
-    def project(
-        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
-    ) -> jax.Array:
+    def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Clips the perturbation, then the image."""
         inside = images + jnp.clip(candidates - images, -self.epsilon, self.epsilon)
         return jnp.clip(inside, 0, 1) if box else inside
@@ -116,9 +112,7 @@ class L2:
         """Gradient over its Euclidean norm."""
         return gradient / (_expand(_norm2(gradient), gradient) + _TINY)
 
-    def project(
-        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
-    ) -> jax.Array:
+    def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Scales the perturbation back to the ball, then clips the image to the box.
 
         Clipping moves every pixel towards the image, so the result stays in the ball.
@@ -176,9 +170,7 @@ class L1:
             direction = jnp.where(large, jnp.sign(gradient), 0)
         return direction / (_expand(_norm1(direction), gradient) + _TINY)
 
-    def project(
-        self, candidates: jax.Array, images: jax.Array, *, box: bool = True
-    ) -> jax.Array:
+    def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Nearest point, in the Euclidean norm, of the ball (and the box)."""
         wanted = _flat(candidates - images)
         magnitude = jnp.abs(wanted)
@@ -220,9 +212,7 @@ def _shrink_to_l1_norm(magnitude: jax.Array, room: jax.Array, epsilon: float) ->
     middle = 0.5 * (low + high)[:, None]
     moving = (magnitude > middle) & (magnitude - middle < room)
     count = moving.sum(1)
-    excess = (
-        jnp.where(moving, magnitude, jnp.where(magnitude > middle, room, 0)).sum(1) - epsilon
-    )
+    excess = jnp.where(moving, magnitude, jnp.where(magnitude > middle, room, 0)).sum(1) - epsilon
     level = jnp.where(count > 0, excess / jnp.maximum(count, 1), high)
     level = jnp.clip(level, low, high)
     return shrink(jnp.where(room.sum(1) <= epsilon, 0, level))

@@ -134,9 +134,7 @@ def _train(
         log.forget_after(first_step)
         print(_plan(config, trainer, state, total), flush=True)
 
-        images, labels = jax.device_put(
-            (dataset.train.images, dataset.train.labels), everywhere
-        )
+        images, labels = jax.device_put((dataset.train.images, dataset.train.labels), everywhere)
         # One step from the pure function; the old state's memory is reused for the new one.
         jitted = jax.jit(
             trainer.step,

@@ -87,9 +87,9 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array]:
     images, kernel = residuals
     padding = kernel.shape[0] // 2
-    (kernel_gradient,) = jax.linear_transpose(
-        lambda k: _plain(images, k, stride, padding), kernel
-    )(cotangent)
+    (kernel_gradient,) = jax.linear_transpose(lambda k: _plain(images, k, stride, padding), kernel)(
+        cotangent
+    )
     return _input_gradient(cotangent, kernel, stride, images.shape), kernel_gradient
 
 

@@ -158,8 +158,6 @@ def normalize(
     channels = images.shape[-1]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise ValueError(
-                f"{name} has {len(values)} entries for images of {channels} channels"
-            )
+            raise ValueError(f"{name} has {len(values)} entries for images of {channels} channels")
     centred = images - jnp.asarray(mean, images.dtype).reshape(1, 1, 1, -1)
     return (centred / jnp.asarray(std, images.dtype).reshape(1, 1, 1, -1)).astype(dtype)

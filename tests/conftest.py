@@ -1,0 +1,33 @@
+"""Settings of the test process, and where the reference numbers lie."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SHARED = _ROOT.parent / "shared"
+
+# Four CPU devices, so that meshes of 1, 2 and 4 can be compared in one process.
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".cache" / "xla"))
+
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads a file of reference numbers by name, from the checkout or from ../shared/golden."""
+
+    def load(name: str):
+        for folder in (_ROOT / "tests" / "golden", _SHARED / "golden"):
+            if (folder / name).exists():
+                return np.load(folder / name, allow_pickle=False)
+        pytest.skip(f"reference numbers {name} are neither in tests/golden nor in ../shared/golden")
+
+    return load
