@@ -23,20 +23,16 @@ and Adversarial Gradient Directions", ACM MM 2024, section 3.4 and algorithm 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
-Interpolation = Literal["cosine", "mean"] | float
-Clip = Literal["changed", "interpolated", "all", "none"]
-Granularity = Literal["leaf", "global"]
+from agr_jax.combination import Clip, CombinationRule, Granularity, Interpolation
 
-_COSINE_GUARD = 1e-20  # the published code adds this to the product of the norms
+PyTree = Any
 
 
 class GradientPair(NamedTuple):
@@ -155,7 +151,7 @@ def agr_transform(
     Raises:
         ValueError: if an argument is out of range, or the two gradients differ in structure.
     """
-    _check_arguments(
+    rule = CombinationRule(
         gop_start=gop_start,
         gics_start=gics_start,
         interpolation=interpolation,
@@ -165,75 +161,11 @@ def agr_transform(
         clip_start=clip_start,
         granularity=granularity,
     )
-    if clip_start is None:
-        starts = [start for start in (gop_start, gics_start) if start is not None]
-        clip_start = min(starts) if starts else None
-
-    def is_active(start: int | None, step: jax.Array) -> jax.Array | bool:
-        return False if start is None else step >= start
-
-    def combine(
-        g_a: list[jax.Array], g_c: list[jax.Array], step: jax.Array
-    ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
-        """Combines one group of arrays: a leaf, or the whole tree."""
-        clean, adversarial = _Scaled.of(g_c), _Scaled.of(g_a)
-        cosine = adversarial.cosine(clean)
-        conflict = cosine < 0
-        finite = jnp.isfinite(cosine)
-
-        projected = is_active(gop_start, step) & conflict
-        agreeing = ~projected if interpolate_negative else ~conflict
-        interpolated = is_active(gics_start, step) & agreeing & finite
-
-        if interpolation == "cosine":
-            weight = cosine
-        else:
-            tau = 0.5 if interpolation == "mean" else cast(float, interpolation)
-            weight = jnp.full_like(cosine, 1 - tau)
-        # One linear combination serves both branches: g = clean_factor * g_c + rest * g_a.
-        clean_factor = jnp.where(
-            projected,
-            -adversarial.projection_factor(clean),
-            jnp.where(interpolated, weight, 0),
-        )
-        adversarial_factor = jnp.where(interpolated, 1 - weight, 1)
-        changed = projected | interpolated
-        poisoned = (is_active(gop_start, step) | is_active(gics_start, step)) & ~finite
-
-        result = []
-        for a, c in zip(g_a, g_c, strict=True):
-            dtype = _reduction_dtype([a])
-            mixed = adversarial_factor * a.astype(dtype) + clean_factor * c.astype(dtype)
-            mixed = jnp.where(changed, mixed, a.astype(dtype))
-            result.append(jnp.where(poisoned, jnp.nan, mixed))
-
-        clipped = {"changed": changed, "interpolated": interpolated, "all": True, "none": False}
-        result = clip_group(result, clipped[clip], step)
-        result = [r.astype(a.dtype) for r, a in zip(result, g_a, strict=True)]
-        return result, (cosine, projected, clean.norm, adversarial.norm)
-
-    def clip_group(
-        group: list[jax.Array], selected: jax.Array | bool, step: jax.Array
-    ) -> list[jax.Array]:
-        if selected is False or clip_start is None or clip_norm is None:
-            return group
-        norm = _Scaled.of(group).norm
-        too_long = is_active(clip_start, step) & selected & ~(norm <= clip_norm)
-        factor = jnp.where(too_long, clip_norm / jnp.where(too_long, norm, 1), 1)
-        return [g * factor.astype(_reduction_dtype([g])) for g in group]
-
-    def clip_only(group: list[jax.Array], step: jax.Array) -> list[jax.Array]:
-        wide = [g.astype(_reduction_dtype([g])) for g in group]
-        clipped = clip_group(wide, clip == "all", step)
-        return [c.astype(g.dtype) for c, g in zip(clipped, group, strict=True)]
-
-    def groups_of(leaves: list[jax.Array]) -> list[list[jax.Array]]:
-        return [leaves] if granularity == "global" else [[leaf] for leaf in leaves]
 
     def init(params: PyTree) -> AGRState:
         if isinstance(params, GradientPair):
             params = params.adversarial
-        count = len(groups_of(jax.tree.leaves(params)))
+        count = len(rule.groups(jax.tree.leaves(params)))
         return AGRState(jnp.zeros([], jnp.int32), *(jnp.full([count], jnp.nan) for _ in range(4)))
 
     def update(
@@ -255,15 +187,15 @@ def agr_transform(
         next_step = optax.safe_increment(state.step)
 
         if clean_grads is None:
-            outs = [clip_only(group, state.step) for group in groups_of(adversarial)]
+            outs = [rule.clip_only(group, state.step) for group in rule.groups(adversarial)]
             unknown = jnp.full([len(outs)], jnp.nan, jnp.float32)
             next_state = AGRState(next_step, unknown, unknown, unknown, unknown)
         else:
             _check_pair(updates, clean_grads)
             pairs = zip(
-                groups_of(adversarial), groups_of(jax.tree.leaves(clean_grads)), strict=True
+                rule.groups(adversarial), rule.groups(jax.tree.leaves(clean_grads)), strict=True
             )
-            combined = [combine(g_a, g_c, state.step) for g_a, g_c in pairs]
+            combined = [rule.combine(g_a, g_c, state.step) for g_a, g_c in pairs]
             outs = [group for group, _ in combined]
             measured = [_vector(column) for column in zip(*(m for _, m in combined), strict=True)]
             next_state = AGRState(next_step, *(measured or [jnp.zeros([0])] * 4))
@@ -377,59 +309,13 @@ def leaf_names(params: PyTree) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
 
 
-class _Scaled(NamedTuple):
-    """A group of arrays divided by its largest magnitude, so that squares stay in range."""
-
-    arrays: list[jax.Array]
-    scale: jax.Array
-    unit_norm: jax.Array  # norm of the divided arrays: 0, or between 1 and sqrt(size)
-
-    @classmethod
-    def of(cls, arrays: list[jax.Array]) -> _Scaled:
-        dtype = _reduction_dtype(arrays)
-        wide = [a.astype(dtype) for a in arrays]
-        scale = jnp.zeros([], dtype)
-        for a in wide:
-            if a.size:
-                scale = jnp.maximum(scale, jnp.max(jnp.abs(a)))
-        divisor = jnp.where(scale == 0, 1, scale)
-        divided = [a / divisor for a in wide]
-        squares = sum((jnp.sum(a * a) for a in divided), start=jnp.zeros([], dtype))
-        return cls(divided, scale, jnp.sqrt(squares))
-
-    @property
-    def norm(self) -> jax.Array:
-        return self.scale * self.unit_norm
-
-    def dot(self, other: _Scaled) -> jax.Array:
-        """Inner product of the divided arrays."""
-        products = (jnp.sum(a * b) for a, b in zip(self.arrays, other.arrays, strict=True))
-        return sum(products, start=jnp.zeros_like(self.scale))
-
-    def cosine(self, other: _Scaled) -> jax.Array:
-        """`<a,b> / (|a||b| + 1e-20)`, the reference's guard, evaluated on the divided arrays."""
-        norms = self.unit_norm * other.unit_norm
-        scales = self.scale * other.scale
-        guard = _COSINE_GUARD / jnp.where(scales == 0, 1, scales)
-        return jnp.clip(self.dot(other) / (norms + guard), -1, 1)
-
-    def projection_factor(self, onto: _Scaled) -> jax.Array:
-        """The k for which self - k * onto is orthogonal to onto; 0 if onto is zero."""
-        square = onto.unit_norm**2
-        factor = self.dot(onto) / jnp.where(square == 0, 1, square)
-        return factor * (self.scale / jnp.where(onto.scale == 0, 1, onto.scale))
-
-
-def _reduction_dtype(arrays: list[jax.Array]) -> Any:
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32) if arrays else jnp.float32
-
-
 def _vector(scalars: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack([jnp.asarray(s).astype(jnp.float32) for s in scalars])
 
 
 def _check_pair(adversarial: PyTree, clean: PyTree) -> None:
-    a_structure, c_structure = jax.tree.structure(adversarial), jax.tree.structure(clean)
+    a_structure: Any = jax.tree.structure(adversarial)
+    c_structure: Any = jax.tree.structure(clean)
     if a_structure != c_structure:
         raise ValueError(
             "the clean and the adversarial gradient differ in structure: "
@@ -443,45 +329,3 @@ def _check_pair(adversarial: PyTree, clean: PyTree) -> None:
                 f"leaf {name!r}: the clean gradient has shape {jnp.shape(c)}, "
                 f"the adversarial one {jnp.shape(a)}"
             )
-
-
-def _check_arguments(
-    *,
-    gop_start: int | None,
-    gics_start: int | None,
-    interpolation: Interpolation,
-    interpolate_negative: bool,
-    clip_norm: float | None,
-    clip: str,
-    clip_start: int | None,
-    granularity: str,
-) -> None:
-    starts = {"gop_start": gop_start, "gics_start": gics_start, "clip_start": clip_start}
-    for name, start in starts.items():
-        if start is not None and start < 0:
-            raise ValueError(f"{name} must be a step >= 0 or None, got {start}")
-    if isinstance(interpolation, str):
-        if interpolation not in ("cosine", "mean"):
-            raise ValueError(
-                "interpolation must be 'cosine', 'mean' or a number tau in [0, 1], "
-                f"got {interpolation!r}"
-            )
-    elif not 0 <= interpolation <= 1:
-        raise ValueError(f"interpolation as tau must lie in [0, 1], got {interpolation}")
-    if interpolate_negative and interpolation == "cosine":
-        raise ValueError(
-            "interpolate_negative needs interpolation='mean' or a tau: "
-            "a negative cosine is no interpolation weight"
-        )
-    if clip not in ("changed", "interpolated", "all", "none"):
-        raise ValueError(f"clip must be 'changed', 'interpolated', 'all' or 'none', got {clip!r}")
-    if clip != "none" and (clip_norm is None or not clip_norm > 0 or math.isinf(clip_norm)):
-        raise ValueError(
-            f"clip_norm must be a positive finite number (or clip='none'), got {clip_norm}"
-        )
-    if clip == "all" and gop_start is None and gics_start is None and clip_start is None:
-        raise ValueError(
-            "clip='all' with gop_start=None and gics_start=None would never clip: set clip_start"
-        )
-    if granularity not in ("leaf", "global"):
-        raise ValueError(f"granularity must be 'leaf' or 'global', got {granularity!r}")

@@ -9,23 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from agr_jax.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def _one_of(*choices: str) -> Any:
-    return dataclasses.field(metadata={"choices": choices})
+class Range(NamedTuple):
+    """Bounds of a numeric field: low <= value <= high, or low < value with `above`."""
+
+    low: float
+    high: float = float("inf")
+    above: bool = False
+
+    def __str__(self) -> str:
+        least = f"above {self.low}" if self.above else f"at least {self.low}"
+        return least if self.high == float("inf") else f"{least} and at most {self.high}"
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies in the range."""
+        return self.low <= value <= self.high and not (self.above and value == self.low)
 
 
-def _number(low: float = 0, high: float = float("inf"), *, above: bool = False) -> Any:
-    """A field whose value (or values) lie in [low, high], or above low."""
-    return dataclasses.field(metadata={"low": low, "high": high, "above": above})
+NonNegativeInt = Annotated[int, Range(0)]
+PositiveInt = Annotated[int, Range(1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +54,10 @@ class ModelConfig:
     """
 
     name: str
-    width: int = _number(0)
-    mean: tuple[float, ...] = _number(0, 1)
-    std: tuple[float, ...] = _number(0, above=True)
-    conv: str = _one_of("auto", "canonical", "plain")
+    width: NonNegativeInt
+    mean: tuple[Share, ...]
+    std: tuple[Positive, ...]
+    conv: Literal["auto", "canonical", "plain"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +78,17 @@ class DataConfig:
         cutout_size: side of the `devries` square.
     """
 
-    name: str = _one_of("digits", "cifar10", "cifar100", "tiny_imagenet")
+    name: Literal["digits", "cifar10", "cifar100", "tiny_imagenet"]
     dir: str
-    image_size: int = _number(0)
+    image_size: NonNegativeInt
     subset_ok: bool
-    train_examples: int = _number(0)
-    validation_examples: int = _number(0)
-    last_batch: str = _one_of("drop", "keep")
-    crop_padding: int = _number(0)
+    train_examples: NonNegativeInt
+    validation_examples: NonNegativeInt
+    last_batch: Literal["drop", "keep"]
+    crop_padding: NonNegativeInt
     flip: bool
-    cutout: str = _one_of("devries", "official", "none")
-    cutout_size: int = _number(1)
+    cutout: Literal["devries", "official", "none"]
+    cutout_size: PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +104,10 @@ class AttackConfig:
         box_every_step: clip to [0, 1] after every step, not only at the start and the end.
     """
 
-    norm: str = _one_of("linf", "l2", "l1")
-    epsilon: float = _number(0)
-    step_size: float = _number(0, above=True)
-    steps: int = _number(1)
+    norm: Literal["linf", "l2", "l1"]
+    epsilon: NonNegative
+    step_size: Positive
+    steps: PositiveInt
     random_start: bool
     box_every_step: bool
 
@@ -119,15 +132,15 @@ class AGRConfig:
 
     enabled: bool
     gop: bool
-    gop_start_epoch: int = _number(0)
-    interpolation: str = _one_of("cosine", "mean", "fixed", "none")
-    tau: float = _number(0, 1)
-    gics_start_epoch: int = _number(0)
+    gop_start_epoch: NonNegativeInt
+    interpolation: Literal["cosine", "mean", "fixed", "none"]
+    tau: Share
+    gics_start_epoch: NonNegativeInt
     interpolate_negative: bool
-    clip: str = _one_of("changed", "interpolated", "all", "none")
-    clip_norm: float = _number(0, above=True)
-    clip_start_epoch: int = _number(-1)
-    granularity: str = _one_of("leaf", "global")
+    clip: Literal["changed", "interpolated", "all", "none"]
+    clip_norm: Positive
+    clip_start_epoch: Annotated[int, Range(-1)]
+    granularity: Literal["leaf", "global"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +157,13 @@ class OptimizerConfig:
         factor: of each drop.
     """
 
-    learning_rate: float = _number(0, above=True)
-    momentum: float = _number(0, 1)
+    learning_rate: Positive
+    momentum: Share
     nesterov: bool
-    weight_decay: float = _number(0)
-    schedule: str = _one_of("piecewise", "cosine", "constant")
-    milestones: tuple[int, ...] = _number(0)
-    factor: float = _number(0, 1)
+    weight_decay: NonNegative
+    schedule: Literal["piecewise", "cosine", "constant"]
+    milestones: tuple[NonNegativeInt, ...]
+    factor: Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +175,8 @@ class CheckpointConfig:
         keep_epochs: epochs after which the checkpoint is kept for good, to branch from.
     """
 
-    every_epochs: int = _number(1)
-    keep_epochs: tuple[int, ...] = _number(1)
+    every_epochs: PositiveInt
+    keep_epochs: tuple[PositiveInt, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +192,10 @@ class EvalConfig:
     """
 
     attacks: tuple[str, ...]
-    examples: int = _number(0)
-    batch_size: int = _number(1)
-    step_size: float = _number(0, above=True)
-    every_epochs: int = _number(1)
+    examples: NonNegativeInt
+    batch_size: PositiveInt
+    step_size: Positive
+    every_epochs: PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +207,7 @@ class PrecisionConfig:
             float32 parameters and statistics.
     """
 
-    train: str = _one_of("float32", "tf32", "bfloat16")
+    train: Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +229,12 @@ class Config:
     """
 
     name: str
-    profile: str = _one_of("paper", "official", "best")
-    method: str = _one_of("at", "standard")
-    seed: int = _number(0, 2**31 - 1)
-    epochs: int = _number(1)
-    batch_size: int = _number(1)
-    batch_stats: str = _one_of("clean_then_adversarial", "adversarial")
+    profile: Literal["paper", "official", "best"]
+    method: Literal["at", "standard"]
+    seed: Annotated[int, Range(0, 2**31 - 1)]
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    batch_stats: Literal["clean_then_adversarial", "adversarial"]
     diagnostics: bool
     init_from: str
     deterministic: bool
@@ -267,60 +280,54 @@ def differences(
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls, include_extras=True)
     for name in values:
-        if name not in fields:
-            raise ConfigError(f"{prefix}.{name}: no such field{_suggestion(name, fields)}")
-    for name in fields:
+        if name not in hints:
+            raise ConfigError(f"{prefix}.{name}: no such field{_suggestion(name, hints)}")
+    for name in hints:
         if name not in values:
             raise ConfigError(f"{prefix}.{name}: the field is missing")
-    hints = typing.get_type_hints(cls)
-    built = {}
-    for name, field in fields.items():
-        value = _convert(values[name], hints[name], f"{prefix}.{name}")
-        _check_range(value, field.metadata, f"{prefix}.{name}")
-        built[name] = value
-    return cls(**built)
+    return cls(
+        **{name: _convert(values[name], hint, f"{prefix}.{name}") for name, hint in hints.items()}
+    )
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+        if not hasattr(value, "items"):
             raise ConfigError(f"{name}: must be a group of fields, got {value!r}")
         return _build(typing.cast(type, hint), dict(value.items()), name)
-    if isinstance(hint, types.GenericAlias):
-        element = typing.get_args(hint)[0]
+    if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{name}: must be a tuple of values, got {value!r}")
+        return tuple(_convert(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
             raise ConfigError(
-                f"{name}: must be a tuple of {element.__name__} values, got {value!r}"
+                f"{name}: must be one of {', '.join(arguments)}, got {value!r}"
+                + _close_match(str(value), arguments)
             )
-        return tuple(_convert(v, element, f"{name}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if origin is Annotated:
+        number, bounds = _convert(value, arguments[0], name), arguments[1]
+        if not bounds.holds(number):
+            raise ConfigError(f"{name}: must be {bounds}, got {number}")
+        return number
+    if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{name}: must be {hint.__name__}, got {type(value).__name__} {value!r}")
     return value
 
 
-def _check_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
-    if "choices" in limits and value not in limits["choices"]:
-        choices = limits["choices"]
-        raise ConfigError(
-            f"{name}: must be one of {', '.join(choices)}, got {value!r}"
-            + _suggestion(str(value), choices)
-        )
-    if "low" in limits:
-        low, high, above = limits["low"], limits["high"], limits["above"]
-        for number in value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high or (above and number == low):
-                least = f"above {low}" if above else f"at least {low}"
-                most = "" if high == float("inf") else f" and at most {high}"
-                raise ConfigError(f"{name}: must be {least}{most}, got {number}")
-
-
 def _suggestion(name: str, known: Iterable[str]) -> str:
+    return _close_match(name, known) or f"; there are {', '.join(known)}"
+
+
+def _close_match(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A checkpoint's row: accuracy on clean images and under attacks, in evaluation mode, in float32."""
+"""A checkpoint's row: accuracy on clean images and under attacks, in float32."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def model_from_config(config: Config, num_classes: int, dtype: Any = jnp.float32
             width=model.width or None,
             mean=model.mean,
             std=model.std,
-            conv=None if model.conv == "auto" else model.conv,  # type: ignore[arg-type]
+            conv=None if model.conv == "auto" else model.conv,
             dtype=dtype,
         )
     except ValueError as error:

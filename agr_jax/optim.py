@@ -49,9 +49,9 @@ def agr(config: AGRConfig, steps_per_epoch: int) -> optax.GradientTransformation
             interpolation=interpolations[config.interpolation],
             interpolate_negative=config.interpolate_negative,
             clip_norm=config.clip_norm,
-            clip=config.clip,  # type: ignore[arg-type]
+            clip=config.clip,
             clip_start=_steps(clip_epoch, steps_per_epoch),
-            granularity=config.granularity,  # type: ignore[arg-type]
+            granularity=config.granularity,
         )
     except ValueError as error:
         raise ConfigError(f"config.agr: {error}") from error

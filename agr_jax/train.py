@@ -129,7 +129,9 @@ def _train(
     ):
         fresh = trainer.init(init_key, dataset.image_shape)
         expected = evaluate.description(config, dataset)
-        state, meter = _restore_or_branch(config, folder, trainer, fresh, expected, saved)
+        state, meter = _restore_or_branch(
+            config, folder, trainer, fresh=fresh, expected=expected, saved=saved
+        )
         first_step = int(state.step)
         log.forget_after(first_step)
         print(_plan(config, trainer, state, total), flush=True)
@@ -225,6 +227,7 @@ def _restore_or_branch(
     config: Config,
     folder: Path,
     trainer: Trainer,
+    *,
     fresh: TrainState,
     expected: dict[str, Any],
     saved: Checkpoints,

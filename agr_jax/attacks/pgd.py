@@ -36,7 +36,8 @@ class PGD:
         box_every_step: clip to [0, 1] after every step. The published AGR code clips only the start
             and the result (`False`), so that its gradients are taken outside the box too.
 
-    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
+    ICLR 2018.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -42,4 +42,5 @@ def training_attack(config: AttackConfig) -> PGD:
 
 def threat_model(config: AttackConfig) -> ThreatModel:
     """The ball in which a run trains and is evaluated."""
-    return {"linf": Linf, "l2": L2, "l1": L1}[config.norm](config.epsilon)
+    threats: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
+    return threats[config.norm](config.epsilon)

@@ -19,7 +19,8 @@ class AdversarialTraining:
     Attributes:
         attack: raises the cross-entropy of the network in evaluation mode.
 
-    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
+    ICLR 2018.
     """
 
     attack: PGD

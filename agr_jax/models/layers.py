@@ -1,4 +1,4 @@
-"""Layers with the semantics of PyTorch's: convolution, batch normalisation, linear, input scaling."""
+"""Layers that compute what PyTorch's compute: convolution, batch normalisation, linear."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def torch_bias_init(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of a PyTorch linear layer's bias."""
     bound = fan_in**-0.5
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(
+        key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
+    ) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
 
