@@ -8,14 +8,15 @@ python launch.py --job=evaluate --workdir=runs/cifar10_at             # its own 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from agr_jax.config import Config, from_config_dict
+from agr_jax import evaluate, mesh, run_folder, train
+from agr_jax.config import Config, check_field_name, from_config_dict
 from agr_jax.errors import UserError
 
 _HERE = Path(__file__).resolve().parent
@@ -33,26 +34,18 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes at INFO
     try:
         config = from_config_dict(_CONFIG.value)
-        sys.exit(_run(config, Path(_WORKDIR.value or f"runs/{_run_name(config)}")))
+        sys.exit(_run(config, Path(_WORKDIR.value or run_folder.default_folder(config))))
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:  # a full disk, a folder without permission
         _fail(f"{type(error).__name__}: {error}")
 
 
 def _run(config: Config, folder: Path) -> int:
-    if config.deterministic:  # before the backend starts
-        os.environ["XLA_FLAGS"] = (
-            os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-        )
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "agr_jax" / "xla"))
-
-    from agr_jax import evaluate, train
-
+    mesh.prepare_backend(deterministic=config.deterministic)
     if _JOB.value == "train":
         return train.run(config, folder)
     records = evaluate.evaluate_run(folder, config)
@@ -60,35 +53,30 @@ def _run(config: Config, folder: Path) -> int:
     return 0
 
 
-def _run_name(config: Config) -> str:
-    """Name of the default run folder: runs with other names do not get in each other's way."""
-    profile = "" if config.profile == "paper" else f"-{config.profile}"
-    method = "" if config.method == "at" else f"-{config.method}"
-    agr = "" if config.agr.enabled else "-baseline"
-    seed = f"-seed{config.seed}" if config.seed else ""
-    return f"{config.name}{method}{profile}{agr}{seed}"
-
-
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def _with_config_of_run(argv: list[str]) -> list[str]:
     """Without --config=FILE, a run folder's own config.json is the config."""
-    named = any(a == "--config" or a.startswith("--config=") for a in argv)
     folders = [a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")]
-    if named or not folders:
+    if not folders or any(a == "--config" or a.startswith("--config=") for a in argv):
         return argv
     return [argv[0], f"--config={_HERE}/configs/from_run.py:{folders[-1]}", *argv[1:]]
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
+        for flag in argv[1:]:
+            name, _, value = flag.removeprefix("--").partition("=")
+            if name.startswith("config."):
+                check_field_name(name)
+            elif name == "config" and value and not Path(value.partition(":")[0]).is_file():
+                _fail(f"--config: there is no file {value.partition(':')[0]}")
         return flags.FLAGS(_with_config_of_run(argv))
-    except (flags.Error, UserError, AttributeError, KeyError, FileNotFoundError) as error:
-        _fail(str(error.args[0] if isinstance(error, KeyError) else error))
-        raise
+    except (flags.Error, UserError) as error:
+        _fail(str(error))
 
 
 if __name__ == "__main__":

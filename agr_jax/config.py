@@ -260,6 +260,21 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
     return _build(Config, dict(values), "config")
 
 
+def check_field_name(name: str) -> None:
+    """Checks a field's full name, such as `config.agr.tau`.
+
+    Raises:
+        ConfigError: if there is no such field, naming the nearest one.
+    """
+    cls: Any = Config
+    prefix = "config"
+    for part in name.removeprefix("config.").split("."):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if part not in hints:
+            raise ConfigError(f"{prefix}.{part}: no such field{_suggestion(part, hints)}")
+        cls, prefix = hints[part], f"{prefix}.{part}"
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested dicts, numbers, strings and lists, as `config.json` holds them."""
     return _plain(dataclasses.asdict(config))
@@ -322,7 +337,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    return _close_match(name, known) or f"; there are {', '.join(known)}"
+    known = list(known)
+    everything = f"; there are {', '.join(known)}" if known else ""
+    return _close_match(name, known) or everything
 
 
 def _close_match(name: str, known: Iterable[str]) -> str:

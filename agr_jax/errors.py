@@ -5,7 +5,7 @@ class UserError(Exception):
     """Base of the errors that `launch.py` prints in one line, without a traceback."""
 
 
-class ConfigError(UserError, ValueError):
+class ConfigError(UserError):
     """A config field that does not exist, has the wrong type, or is out of range."""
 
 

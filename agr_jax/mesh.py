@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -10,6 +12,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from agr_jax.errors import ConfigError
 
 DATA_AXIS = "data"
+
+
+def prepare_backend(*, deterministic: bool) -> None:
+    """Settings that must be made before JAX starts its backend.
+
+    Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default in the user's cache
+    folder, so that the next start does not compile again.
+
+    Args:
+        deterministic: make GPU kernels give the same bits every time (slower).
+    """
+    if deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "agr_jax" / "xla"))
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

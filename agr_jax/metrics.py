@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
+import jax
 import tqdm
+
+from agr_jax.errors import NonFiniteLossError
 
 
 class JsonLines:
@@ -141,13 +144,55 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class EpochMeter:
+    """Sums of an epoch's metrics, weighted by batch size, and the last ones read."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self._sums: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def read(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits for one step's metrics and adds them.
+
+        Raises:
+            NonFiniteLossError: naming the metric and the step.
+        """
+        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in self._last.items():
+            if "loss" in name and not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"{name} is {value} at step {step}: training diverged; the last checkpoint "
+                    "is kept. Try a smaller config.optimizer.learning_rate"
+                )
+            self._sums[name] = self._sums.get(name, 0.0) + images * value
+        self.images += images
+
+    def means(self) -> dict[str, float]:
+        """The epoch's means."""
+        return {name: value / self.images for name, value in self._sums.items()}
+
+    def note(self) -> str:
+        """For the progress bar."""
+        loss, accuracy = (self._last.get(f"adversarial_{n}") for n in ("loss", "accuracy"))
+        return "" if loss is None else f"loss {loss:.3f}, robust {accuracy:.0%}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint within an epoch."""
+        return {"images": self.images, "seconds": self.seconds, "sums": dict(self._sums)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EpochMeter:
+        """Back from a checkpoint."""
+        meter = cls()
+        meter.images, meter.seconds = values["images"], values["seconds"]
+        meter._sums = dict(values["sums"])
+        return meter
 
 
 def _finite(value: Any) -> Any:

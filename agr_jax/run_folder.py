@@ -21,6 +21,20 @@ from agr_jax.metrics import write_atomically
 _MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir", "config.epochs")
 
 
+def default_folder(config: Config) -> Path:
+    """`runs/<name>`, where runs that differ in method, profile, AGR or seed do not collide."""
+    parts = [config.name]
+    if config.method != "at":
+        parts.append(config.method)
+    if config.profile != "paper":
+        parts.append(config.profile)
+    if not config.agr.enabled:
+        parts.append("baseline")
+    if config.seed:
+        parts.append(f"seed{config.seed}")
+    return Path("runs") / "-".join(parts)
+
+
 def config_path(folder: Path) -> Path:
     """Where a run keeps its config."""
     return folder / "config.json"
@@ -69,34 +83,39 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Writes the run's config, or checks that the folder holds the same run already.
+def check(folder: Path, config: Config) -> None:
+    """Refuses a folder whose checkpoints belong to a run with other settings.
 
     Raises:
-        RunFolderError: if it holds another run, naming the fields that differ.
+        RunFolderError: naming the fields that differ.
     """
-    path = config_path(folder)
-    mine = config_module.to_dict(config)
-    if path.exists():
-        theirs = config_module.to_dict(read_config(folder))
-        differing = {
-            name: values
-            for name, values in config_module.differences(theirs, mine).items()
-            if not name.startswith(_MAY_CHANGE)
-        }
-        if differing:
-            listed = "; ".join(
-                f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items()
-            )
-            raise RunFolderError(
-                f"run folder {folder} holds another run ({listed}); "
-                "give another --workdir, or the same settings to continue it"
-            )
-    elif checkpoints_path(folder).is_dir() and any(checkpoints_path(folder).iterdir()):
+    saved = checkpoints_path(folder)
+    if not (saved.is_dir() and any(child.name.isdigit() for child in saved.iterdir())):
+        return
+    if not config_path(folder).exists():
         raise RunFolderError(
             f"run folder {folder} has checkpoints but no config.json; give another --workdir"
         )
-    write_atomically(path, json.dumps(mine, indent=2) + "\n")
+    theirs = config_module.to_dict(read_config(folder))
+    differing = {
+        name: values
+        for name, values in config_module.differences(theirs, config_module.to_dict(config)).items()
+        if not name.startswith(_MAY_CHANGE)
+    }
+    if differing:
+        listed = "; ".join(
+            f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items()
+        )
+        raise RunFolderError(
+            f"run folder {folder} holds another run ({listed}); "
+            "give another --workdir, or the same settings to continue it"
+        )
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes `config.json`."""
+    text = json.dumps(config_module.to_dict(config), indent=2) + "\n"
+    write_atomically(config_path(folder), text)
 
 
 def read_config(folder: Path) -> Config:

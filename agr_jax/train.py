@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
-import math
+import functools
 import signal
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from agr_jax.checkpoints import Checkpoints
 from agr_jax.config import Config
 from agr_jax.data import Augmentation, Dataset
 from agr_jax.data.batches import epoch_permutation, steps_per_epoch
-from agr_jax.errors import ConfigError, NonFiniteLossError
-from agr_jax.metrics import JsonLines, Progress
+from agr_jax.errors import ConfigError
+from agr_jax.interruption import StopOnSignal
+from agr_jax.metrics import EpochMeter, JsonLines, Progress
 from agr_jax.models import Classifier
 from agr_jax.train_step import Trainer, TrainState
 
@@ -41,14 +42,15 @@ def run(config: Config, folder: Path) -> int:
     Raises:
         UserError: on whatever the user can mend; nothing that was saved is lost.
     """
-    with run_folder.locked(folder), _StopOnSignal() as stop:
+    with run_folder.locked(folder):
         dataset = evaluate.dataset_from_config(config)
         print(dataset.describe(), flush=True)
         on = mesh.data_mesh()
         trainer = create_trainer(config, dataset, on)
         _check_before_start(config, dataset, on)
-        run_folder.claim(folder, config)
-        interrupted = _train(config, folder, trainer, dataset, stop)
+        run_folder.check(folder, config)
+        with StopOnSignal() as stop:
+            interrupted = _train(config, folder, trainer, dataset, stop)
         if interrupted:
             return 128 + interrupted
         records = evaluate.evaluate_run(folder, config, dataset=dataset, on=on)
@@ -111,7 +113,7 @@ def _check_before_start(config: Config, dataset: Dataset, on: jax.sharding.Mesh)
 
 
 def _train(
-    config: Config, folder: Path, trainer: Trainer, dataset: Dataset, stop: _StopOnSignal
+    config: Config, folder: Path, trainer: Trainer, dataset: Dataset, stop: StopOnSignal
 ) -> int:
     """Trains up to `config.epochs`; returns the signal that interrupted it, or 0."""
     per_epoch = trainer.steps_per_epoch
@@ -132,6 +134,7 @@ def _train(
         state, meter = _restore_or_branch(
             config, folder, trainer, fresh=fresh, expected=expected, saved=saved
         )
+        run_folder.write_config(folder, config)
         first_step = int(state.step)
         log.forget_after(first_step)
         print(_plan(config, trainer, state, total), flush=True)
@@ -159,68 +162,96 @@ def _train(
                 selection_metric=score,
             )
 
+        def leave(step: int, number: int) -> int:
+            save(step)
+            saved.wait()
+            name = signal.Signals(number).name
+            progress.print(
+                f"stopped by {name}: step {step} of {total} is saved in {folder}; "
+                "the same command continues"
+            )
+            return number
+
         progress = Progress("training", total, initial=first_step)
         with progress, _matmul_precision(config):
             for epoch in range(first_step // per_epoch, config.epochs):
                 order = jax.device_put(
                     epoch_permutation(order_key, epoch, len(dataset.train.labels)), everywhere
                 )
-                in_flight: collections.deque[Any] = collections.deque()
-                started = time.perf_counter()
-                for step in range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch):
-                    position = (step % per_epoch) * config.batch_size
-                    size = min(config.batch_size, len(dataset.train.labels) - position)
-                    state, metrics = jitted(
-                        state,
-                        images,
-                        labels,
-                        order,
-                        step_key,
-                        clean_gradient=config.diagnostics
-                        or optim.uses_clean_gradient(config.agr, epoch),
-                        batch_size=size,
-                    )
-                    in_flight.append((step, size, metrics))
-                    if len(in_flight) > _STEPS_IN_FLIGHT:
-                        meter.read(*in_flight.popleft())
-                    progress.advance(note=meter.note())
-                    if stop.signal is not None and step + 1 < total:
-                        meter.read_all(in_flight)
-                        save(step + 1)
-                        saved.wait()
-                        print(
-                            f"stopped by {signal.Signals(stop.signal).name}: saved step {step + 1} "
-                            f"of {total} in {folder}; the same command continues",
-                            flush=True,
-                        )
-                        return stop.signal
-                meter.read_all(in_flight)
-                meter.seconds += time.perf_counter() - started
+                clean_gradient = config.diagnostics or optim.uses_clean_gradient(config.agr, epoch)
+                end = (epoch + 1) * per_epoch
+                step = functools.partial(
+                    jitted,
+                    images=images,
+                    labels=labels,
+                    permutation=order,
+                    key=step_key,
+                    clean_gradient=clean_gradient,
+                )
+                steps = [
+                    (number, size)
+                    for number, size in _steps_of_epoch(trainer, epoch, len(dataset.train.labels))
+                    if number > first_step
+                ]
+                state, reached = _run_steps(step, state, steps, meter, stop, progress=progress)
+                if stop.signal is not None and reached < end:
+                    return leave(reached, stop.signal)
+
                 scores = _validate(config, trainer, state, dataset, epoch)
-                record = {
-                    "step": (epoch + 1) * per_epoch,
-                    "epoch": epoch + 1,
-                    "learning_rate": float(
-                        optim.schedule(config.optimizer, config.epochs, per_epoch)(
-                            (epoch + 1) * per_epoch - 1
-                        )
-                    ),
-                    "seconds": round(meter.seconds, 3),
-                    "images_per_second": round(meter.images / meter.seconds, 1),
-                    **meter.means(),
-                    **scores,
-                }
+                record = _epoch_record(config, per_epoch, epoch, meter, scores)
                 progress.print(_epoch_line(config, record))
                 log.write(record)
-                meter = _Meter()
+                meter = EpochMeter()
                 done = epoch + 1
                 if (
                     done % config.checkpoints.every_epochs == 0
                     or done == config.epochs
                     or done in config.checkpoints.keep_epochs
                 ):
-                    save(done * per_epoch, scores.get(checkpoints.SELECTION_METRIC))
+                    save(end, scores.get(checkpoints.SELECTION_METRIC))
+                if stop.signal is not None and done < config.epochs:
+                    return leave(end, stop.signal)
     return 0
+
+
+def _run_steps(
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    steps: Sequence[tuple[int, int]],
+    meter: EpochMeter,
+    stop: StopOnSignal,
+    *,
+    progress: Progress,
+) -> tuple[TrainState, int]:
+    """Takes the steps, given as (number, batch size), or fewer if asked to stop.
+
+    Returns:
+        The state, and the number of the last step taken.
+    """
+    in_flight: collections.deque[Any] = collections.deque()
+    started = time.perf_counter()
+    reached = 0
+    for reached, size in steps:
+        state, metrics = step(state, batch_size=size)
+        in_flight.append((reached, size, metrics))
+        if len(in_flight) > _STEPS_IN_FLIGHT:
+            meter.read(*in_flight.popleft())
+        progress.advance(note=meter.note())
+        if stop.signal is not None:
+            break
+    while in_flight:
+        meter.read(*in_flight.popleft())
+    meter.seconds += time.perf_counter() - started
+    return state, reached
+
+
+def _steps_of_epoch(trainer: Trainer, epoch: int, examples: int) -> list[tuple[int, int]]:
+    """(number counted from 1 over the run, batch size) of each step; the last may be short."""
+    first = epoch * trainer.steps_per_epoch + 1
+    return [
+        (first + i, min(trainer.batch_size, examples - i * trainer.batch_size))
+        for i in range(trainer.steps_per_epoch)
+    ]
 
 
 def _restore_or_branch(
@@ -231,14 +262,14 @@ def _restore_or_branch(
     fresh: TrainState,
     expected: dict[str, Any],
     saved: Checkpoints,
-) -> tuple[TrainState, _Meter]:
+) -> tuple[TrainState, EpochMeter]:
     """The state to go on from: this run's latest checkpoint, its base's, or the fresh one."""
     if saved.latest_step() is not None:
         source = checkpoints.find(folder)
     elif config.init_from:
         source = checkpoints.find(Path(config.init_from))
     else:
-        return fresh, _Meter()
+        return fresh, EpochMeter()
     about = checkpoints.read_about(source)
     expected = {**expected, "training": _training_description(config, trainer)}
     checkpoints.check_same(about, expected, source)
@@ -257,7 +288,7 @@ def _restore_or_branch(
         opt_state=opt_state,
     )
     print(f"going on from {source}, step {step}", flush=True)
-    return state, _Meter.from_dict(about["epoch_so_far"])
+    return state, EpochMeter.from_dict(about["epoch_so_far"])
 
 
 def _training_description(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -309,6 +340,23 @@ def _plan(config: Config, trainer: Trainer, state: TrainState, total: int) -> st
     )
 
 
+def _epoch_record(
+    config: Config, per_epoch: int, epoch: int, meter: EpochMeter, scores: dict[str, float]
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`."""
+    last_step = (epoch + 1) * per_epoch - 1
+    learning_rate = optim.schedule(config.optimizer, config.epochs, per_epoch)(last_step)
+    return {
+        "step": last_step + 1,
+        "epoch": epoch + 1,
+        "learning_rate": float(learning_rate),
+        "seconds": round(meter.seconds, 3),
+        "images_per_second": round(meter.images / meter.seconds, 1),
+        **meter.means(),
+        **scores,
+    }
+
+
 def _epoch_line(config: Config, record: dict[str, Any]) -> str:
     parts = [f"epoch {record['epoch']}/{config.epochs}"]
     shown = {
@@ -327,88 +375,3 @@ def _epoch_line(config: Config, record: dict[str, Any]) -> str:
 def _matmul_precision(config: Config) -> Any:
     names = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
     return jax.default_matmul_precision(names[config.precision.train])
-
-
-class _Meter:
-    """Sums of an epoch's metrics, weighted by batch size, and the last ones read."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        self.seconds = 0.0
-        self._sums: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-
-    def read(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits for one step's metrics and adds them.
-
-        Raises:
-            NonFiniteLossError: naming the step.
-        """
-        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name, value in self._last.items():
-            if "loss" in name and not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"{name} is {value} at step {step}: training diverged; the last checkpoint is "
-                    "kept. Try a smaller config.optimizer.learning_rate"
-                )
-            self._sums[name] = self._sums.get(name, 0.0) + images * value
-        self.images += images
-
-    def read_all(self, in_flight: collections.deque[Any]) -> None:
-        """Reads everything that was dispatched."""
-        while in_flight:
-            self.read(*in_flight.popleft())
-
-    def means(self) -> dict[str, float]:
-        """The epoch's means."""
-        return {name: value / self.images for name, value in self._sums.items()}
-
-    def note(self) -> str:
-        """For the progress bar."""
-        loss, accuracy = (self._last.get(f"adversarial_{n}") for n in ("loss", "accuracy"))
-        return "" if loss is None else f"loss {loss:.3f}, robust {accuracy:.0%}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint within an epoch."""
-        return {"images": self.images, "seconds": self.seconds, "sums": dict(self._sums)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> _Meter:
-        """Back from a checkpoint."""
-        meter = cls()
-        meter.images, meter.seconds = values["images"], values["seconds"]
-        meter._sums = dict(values["sums"])
-        return meter
-
-
-class _StopOnSignal:
-    """Remembers a SIGINT or SIGTERM, for the loop to act on; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._remember)
-            except ValueError:  # not in the main thread: the caller's signals are not ours
-                break
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        self._previous = {}
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
