@@ -1,10 +1,4 @@
-"""Command line: trains and evaluates one run.
-
-python launch.py --config=configs/cifar10_at.py                       # the paper's recipe
-python launch.py --config=configs/cifar10_at.py:official              # another profile
-python launch.py --config=configs/cifar10_at.py --config.agr.enabled=False   # the baseline
-python launch.py --job=evaluate --workdir=runs/cifar10_at             # its own config.json
-"""
+"""Command line: trains and evaluates one run; the README has the commands."""
 
 from __future__ import annotations
 
@@ -27,7 +21,7 @@ _JOB = flags.DEFINE_enum("job", "train", ["train", "evaluate"], "What to do.")
 
 def main(argv: list[str]) -> None:
     """Runs the job; a mistake that the user can mend is one line, without a traceback."""
-    if len(argv) > 1:
+    if argv[1:]:
         _fail(f"unexpected argument {argv[1]!r}: flags look like --config.epochs=10")
     if _CONFIG.value is None:
         _fail("give --config=configs/FILE.py, or --workdir=RUN of an existing run")

@@ -145,6 +145,8 @@ def _train(
             trainer.step,
             static_argnames=("clean_gradient", "batch_size"),
             donate_argnames="state",
+            # What comes out must lie as what went in, or the second step would compile again.
+            out_shardings=everywhere,
         )
 
         def save(step: int, score: float | None = None) -> None:

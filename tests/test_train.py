@@ -1,0 +1,268 @@
+"""Runs in this process, on digits with a small network, over four CPU devices."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from agr_jax import checkpoints, evaluate, run_folder, train
+from agr_jax.checkpoints import SELECTION_METRIC
+from agr_jax.config import Config, from_config_dict
+from agr_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    RunFolderError,
+    UserError,
+)
+from agr_jax.interruption import StopOnSignal
+from agr_jax.metrics import read_json_lines
+from configs import digits_at
+
+
+def small(**overrides) -> Config:
+    """Digits, 256 images, 4 steps an epoch, PGD-2; `agr__gop` is a field of the group `agr`."""
+    values = digits_at.get_config()
+    values.epochs = 2
+    values.batch_size = 64
+    values.data.train_examples = 256
+    values.data.validation_examples = 60
+    values.attack.steps = 2
+    values.agr.gics_start_epoch = 1
+    values.eval.examples = 60
+    values.eval.attacks = ("clean", "pgd3")
+    with values.unlocked():
+        for name, value in overrides.items():
+            *groups, last = name.split("__")
+            target = values
+            for group in groups:
+                target = target[group]
+            target[last] = value
+    return from_config_dict(values)
+
+
+def variables_of(folder, which="last"):
+    """The parameters and statistics of a run's checkpoint, as one flat dict of arrays."""
+    path = checkpoints.find(folder, which)
+    config = run_folder.read_config(folder)
+    on = train.mesh.data_mesh()
+    classifier, _ = evaluate.load_classifier(path, config, evaluate.dataset_from_config(config), on)
+    return {
+        jax.tree_util.keystr(key): np.asarray(leaf)
+        for key, leaf in jax.tree.leaves_with_path(dict(classifier.variables))
+    }
+
+
+def assert_bit_identical(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert train.run(small(), folder) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert json.loads((finished / "config.json").read_text())["epochs"] == 2
+    records = read_json_lines(finished / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == [1, 2]
+    for record in records:
+        assert 0 <= record[SELECTION_METRIC] <= record["validation_clean_accuracy"] <= 1
+        assert -1 <= record["cosine"] <= 1
+        assert record["adversarial_loss"] > 0
+    for which in ("last", "best"):
+        row = json.loads((finished / "evaluations" / f"{which}.json").read_text())
+        assert row["examples"] == 60
+        assert row["attacks"]["pgd3"]["correct"] <= row["attacks"]["clean"]["correct"]
+        assert row["complete_data"] is False
+        assert row["config"]["agr"]["enabled"] is True
+    table = evaluate.table([row])
+    assert "PGD-3" in table
+    assert "SUBSET" in table
+
+
+def test_best_is_the_checkpoint_with_the_highest_held_out_accuracy(finished):
+    records = read_json_lines(finished / "metrics.jsonl")
+    best = max(record[SELECTION_METRIC] for record in records)
+    step = int(checkpoints.find(finished, "best").name)
+    assert {r["step"]: r[SELECTION_METRIC] for r in records}[step] == best
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(finished, tmp_path):
+    assert train.run(small(), tmp_path / "again") == 0
+    assert_bit_identical(variables_of(finished), variables_of(tmp_path / "again"))
+    assert train.run(small(seed=1, epochs=1), tmp_path / "other") == 0
+    name = "['params']['conv1']['kernel']"
+    assert (variables_of(tmp_path / "other")[name] != variables_of(finished)[name]).any()
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_stopped_and_continued_equals_undisturbed(finished, tmp_path, monkeypatch, stop_at):
+    seen = 0
+    original = train.Progress.advance
+
+    def advance(self, *args, **kwargs):
+        nonlocal seen
+        if self._unit == "step":
+            seen += 1
+            if seen == stop_at:
+                signals[-1].signal = 15
+        return original(self, *args, **kwargs)
+
+    signals = []
+    enter = StopOnSignal.__enter__
+    monkeypatch.setattr(StopOnSignal, "__enter__", lambda self: signals.append(self) or enter(self))
+    monkeypatch.setattr(train.Progress, "advance", advance)
+    folder = tmp_path / "run"
+    assert train.run(small(), folder) == 128 + 15
+    assert int(checkpoints.find(folder).name) == stop_at
+    assert not (folder / "evaluations").exists()
+    assert train.run(small(), folder) == 0
+    assert_bit_identical(variables_of(finished), variables_of(folder))
+    ours, theirs = (read_json_lines(f / "metrics.jsonl") for f in (folder, finished))
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in mine.keys() - {"seconds", "images_per_second"}:
+            assert mine[name] == pytest.approx(other[name], rel=1e-12), name
+
+
+def test_a_finished_run_only_evaluates_again(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    assert train.run(small(eval__examples=30), finished) == 0
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert "30 test images" in capsys.readouterr().out
+    assert train.run(small(), finished) == 0
+
+
+def test_a_branch_goes_on_from_its_base(finished, tmp_path):
+    baseline = {"agr__enabled": False, "epochs": 3, "init_from": str(finished)}
+    assert train.run(small(**baseline), tmp_path / "branch") == 0
+    records = read_json_lines(tmp_path / "branch" / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == [3]
+    # A longer undisturbed AT run of the same settings is the same as base plus branch, bit for bit.
+    off = {"agr__enabled": False}
+    assert train.run(small(**off, epochs=1), tmp_path / "base") == 0
+    assert train.run(small(**off, init_from=str(tmp_path / "base")), tmp_path / "two") == 0
+    assert train.run(small(**off), tmp_path / "whole") == 0
+    assert_bit_identical(variables_of(tmp_path / "whole"), variables_of(tmp_path / "two"))
+
+
+def test_agr_with_nothing_active_is_at_bit_for_bit(tmp_path):
+    nothing = {"agr__gop": False, "agr__interpolation": "none", "agr__clip": "none"}
+    assert train.run(small(agr__enabled=False), tmp_path / "at") == 0
+    assert train.run(small(**nothing), tmp_path / "agr") == 0
+    assert_bit_identical(variables_of(tmp_path / "at"), variables_of(tmp_path / "agr"))
+
+
+def test_the_last_short_batch_can_be_kept(tmp_path):
+    settings = {"data__train_examples": 240, "data__last_batch": "keep", "epochs": 1}
+    assert train.run(small(**settings), tmp_path / "run") == 0
+    assert int(checkpoints.find(tmp_path / "run").name) == 4
+
+
+def test_standard_training_and_the_other_norms_run(tmp_path):
+    assert train.run(small(method="standard", agr__enabled=False, epochs=1), tmp_path / "s") == 0
+    for norm, epsilon in (("l2", 1.0), ("l1", 5.0)):
+        settings = {"attack__norm": norm, "attack__epsilon": epsilon, "epochs": 1}
+        assert train.run(small(**settings), tmp_path / norm) == 0
+
+
+def test_nothing_compiles_after_the_first_step_of_each_kind(tmp_path, caplog):
+    with jax.log_compiles():
+        assert train.run(small(epochs=3, agr__gop=False), tmp_path / "run") == 0
+    lines = [r.getMessage() for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
+    # Without the clean gradient in epoch 1, with it in epochs 2 and 3.
+    assert len(lines) == 2
+
+
+# What goes wrong: one clear error, and nothing lost.
+
+
+def refused(error: type[UserError], message: str, config: Config, folder) -> None:
+    with pytest.raises(error, match=message):
+        train.run(config, folder)
+
+
+def test_folder_of_another_run(finished):
+    before = variables_of(finished)
+    message = r"holds another run \(config\.agr\.tau: 0\.9 there, 0\.5 here"
+    refused(RunFolderError, message, small(agr__tau=0.5), finished)
+    assert_bit_identical(before, variables_of(finished))
+
+
+def test_checkpoint_of_another_model_or_data_set_in_the_folder(finished, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(finished, folder)
+    config = small(model__name="wrn16_1")
+    run_folder.write_config(folder, config)
+    refused(
+        CheckpointError, r"another model \(name: 'wrn10_1' there, 'wrn16_1' here", config, folder
+    )
+    about = checkpoints.find(folder) / "about" / "metadata"
+    about.write_text(about.read_text().replace('"digits"', '"cifar10"'))
+    run_folder.write_config(folder, small())
+    refused(CheckpointError, r"another data set \(name: 'cifar10' there", small(), folder)
+
+
+def test_a_failed_start_does_not_claim_its_folder(finished, tmp_path):
+    config = small(init_from=str(finished), model__name="wrn16_1", epochs=3)
+    refused(CheckpointError, "another model", config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_branches_that_make_no_sense(finished, tmp_path):
+    config = small(init_from=str(finished))
+    refused(ConfigError, r"config\.epochs: .* 2 epochs already", config, tmp_path / "a")
+    config = small(init_from=str(finished), epochs=3, batch_size=32)
+    refused(
+        CheckpointError, r"another training \(steps_per_epoch: 4 there, 8", config, tmp_path / "b"
+    )
+    config = small(init_from=str(finished), epochs=3, batch_stats="adversarial")
+    refused(CheckpointError, r"batch_stats: 'clean_then", config, tmp_path / "c")
+    config = small(init_from=str(tmp_path / "nowhere"))
+    refused(CheckpointError, "no checkpoint here", config, tmp_path / "d")
+
+
+def test_nan_loss_is_named_and_never_saved(tmp_path):
+    config = small(optimizer__learning_rate=1e30)
+    refused(
+        NonFiniteLossError, r"loss is nan at step \d+: training diverged", config, tmp_path / "r"
+    )
+    assert not list((tmp_path / "r" / "checkpoints").glob("[0-9]*"))
+
+
+def test_folder_in_use(tmp_path):
+    with run_folder.locked(tmp_path / "run"):
+        refused(RunFolderError, "in use by another process", small(), tmp_path / "run")
+
+
+def test_evaluation_fields_are_checked_before_training(tmp_path):
+    refused(
+        ConfigError, "must be of 'clean', 'fgsm'", small(eval__attacks=("pgd",)), tmp_path / "a"
+    )
+    refused(ConfigError, "test set has 355", small(eval__examples=10_000), tmp_path / "b")
+    refused(ConfigError, r"config\.model\.mean", small(model__mean=(0.1, 0.2)), tmp_path / "c")
+
+
+def test_verdicts_do_not_depend_on_batching_or_devices(finished):
+    config = run_folder.read_config(finished)
+    dataset = evaluate.dataset_from_config(config)
+    attack = evaluate.make_attack("pgd3", train.methods.threat_model(config.attack), 0.05)
+    masks = []
+    for batch_size, devices in ((355, 1), (64, 1), (50, 4)):
+        on = train.mesh.data_mesh(jax.devices()[:devices])
+        classifier, _ = evaluate.load_classifier(checkpoints.find(finished), config, dataset, on)
+        masks.append(
+            evaluate.correct_under_attack(
+                classifier, attack, dataset.test, seed=0, batch_size=batch_size, on=on
+            )
+        )
+    np.testing.assert_array_equal(masks[0], masks[1])
+    # Other devices reduce in another order: an image at the decision boundary may tip.
+    assert (masks[0] != masks[2]).sum() <= 1
