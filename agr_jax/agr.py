@@ -166,7 +166,7 @@ def agr_transform(
         if isinstance(params, GradientPair):
             params = params.adversarial
         count = len(rule.groups(jax.tree.leaves(params)))
-        return AGRState(jnp.zeros([], jnp.int32), *(jnp.full([count], jnp.nan) for _ in range(4)))
+        return AGRState(jnp.zeros([], jnp.int32), *_unknown(count))
 
     def update(
         updates: PyTree,
@@ -188,8 +188,7 @@ def agr_transform(
 
         if clean_grads is None:
             outs = [rule.clip_only(group, state.step) for group in rule.groups(adversarial)]
-            unknown = jnp.full([len(outs)], jnp.nan, jnp.float32)
-            next_state = AGRState(next_step, unknown, unknown, unknown, unknown)
+            next_state = AGRState(next_step, *_unknown(len(outs)))
         else:
             _check_pair(updates, clean_grads)
             pairs = zip(
@@ -198,7 +197,7 @@ def agr_transform(
             combined = [rule.combine(g_a, g_c, state.step) for g_a, g_c in pairs]
             outs = [group for group, _ in combined]
             measured = [_vector(column) for column in zip(*(m for _, m in combined), strict=True)]
-            next_state = AGRState(next_step, *(measured or [jnp.zeros([0])] * 4))
+            next_state = AGRState(next_step, *(measured or [jnp.zeros([0], jnp.float32)] * 4))
         flat = [leaf for group in outs for leaf in group]
         return jax.tree.unflatten(structure, flat), next_state
 
@@ -307,6 +306,11 @@ def leaf_names(params: PyTree) -> tuple[str, ...]:
     """
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
+
+
+def _unknown(count: int) -> list[jax.Array]:
+    # Four arrays, not one four times: a state that is donated to a step may not share buffers.
+    return [jnp.full([count], jnp.nan, jnp.float32) for _ in range(4)]
 
 
 def _vector(scalars: tuple[jax.Array, ...]) -> jax.Array:

@@ -7,7 +7,8 @@ A checkpoint has three items: `variables` (`{"params", "batch_stats"}`, all that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,24 @@ class Checkpoints:
         about: Mapping[str, Any],
         selection_metric: float | None = None,
     ) -> None:
-        """Writes a checkpoint in the background; it counts only once it is whole."""
+        """Writes a checkpoint in the background; it counts only once it is whole.
+
+        Raises:
+            CheckpointError: if this one or the one before it cannot be written, as on a full disk.
+        """
         if step == self._manager.latest_step():
             return
         metrics = None if selection_metric is None else {SELECTION_METRIC: selection_metric}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(variables),
-                optimizer=ocp.args.StandardSave(optimizer),
-                about=ocp.args.JsonSave(dict(about)),
-            ),
-            metrics=metrics,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(variables),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    about=ocp.args.JsonSave(dict(about)),
+                ),
+                metrics=metrics,
+            )
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, if any."""
@@ -82,11 +88,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until pending writes are on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for pending writes and frees the threads."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written ({error.strerror or error}); "
+                "the ones before it are whole, and the same command continues from the last"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self

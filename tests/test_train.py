@@ -266,3 +266,19 @@ def test_verdicts_do_not_depend_on_batching_or_devices(finished):
     np.testing.assert_array_equal(masks[0], masks[1])
     # Other devices reduce in another order: an image at the decision boundary may tip.
     assert (masks[0] != masks[2]).sum() <= 1
+
+
+def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert train.run(small(epochs=1), folder) == 0
+    before = variables_of(folder)
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.ocp.CheckpointManager, "save", no_space)
+        refused(CheckpointError, "could not be written .No space left", small(), folder)
+    assert_bit_identical(before, variables_of(folder))
+    assert train.run(small(), folder) == 0
+    assert_bit_identical(variables_of(finished), variables_of(folder))

@@ -1,0 +1,89 @@
+"""Memory that XLA's GPU compiler plans for a training step, without a GPU.
+
+    pip install "jax[cuda12]"; JAX_PLATFORMS=cpu python benchmarks/compiled_memory.py TARGET
+
+TARGET is a text GpuTargetConfigProto, as openxla/xla has them for each GPU in
+`xla/backends/gpu/target_config/specs/`. What is printed is counted by the compiler; it is no
+measurement of a run. PreAct-ResNet-18, PGD-10, 32x32 images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from agr_jax import agr_transform, mesh, models
+from agr_jax.attacks import PGD
+from agr_jax.data import Augmentation
+from agr_jax.methods import AdversarialTraining
+from agr_jax.threat import Linf
+from agr_jax.train_step import Trainer
+
+
+def planned_megabytes(trainer: Trainer, *, clean_gradient: bool) -> float:
+    """Temporary memory of one compiled step."""
+    everywhere = mesh.replicated(trainer.on)
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    rows = trainer.batch_size
+    data = (
+        jax.ShapeDtypeStruct((rows, 32, 32, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    state = jax.eval_shape(lambda: trainer.init(jax.random.key(0), (32, 32, 3)))
+
+    def step(state, images, labels, permutation):  # type: ignore[no-untyped-def]
+        return trainer.step(
+            state,
+            images,
+            labels,
+            permutation,
+            jax.random.key(0),
+            clean_gradient=clean_gradient,
+            batch_size=rows,
+        )
+
+    arguments = jax.tree.map(place, (state, *data))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def main() -> None:
+    """Prints AT's and AGR's planned memory for float32 and bfloat16."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--batch", type=int, default=128)
+    options = parser.parse_args()
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=options.target.read_text(), topology="1x1x1"
+    )
+    print(f"{options.target.name}, batch {options.batch}, PreAct-ResNet-18, PGD-10")
+    print("| precision | AT, MB | AGR, MB |")
+    print("|---|---|---|")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        trainer = Trainer(
+            model=models.create("preactresnet18", 10, conv="plain", dtype=dtype),
+            method=AdversarialTraining(PGD(Linf(8 / 255), steps=10, step_size=2 / 255)),
+            optimizer=optax.chain(agr_transform(), optax.sgd(0.1, momentum=0.9)),
+            augmentation=Augmentation(),
+            batch_size=options.batch,
+            steps_per_epoch=1,
+            batch_stats="clean_then_adversarial",
+            on=mesh.data_mesh(topology.devices),
+        )
+        planned = [planned_megabytes(trainer, clean_gradient=clean) for clean in (False, True)]
+        print(f"| {jnp.dtype(dtype).name} | {planned[0]:.0f} | {planned[1]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

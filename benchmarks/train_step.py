@@ -1,0 +1,125 @@
+"""Seconds per AGR training step, next to PyTorch doing the same work on the same machine.
+
+    python benchmarks/train_step.py                                  # JAX only
+    python benchmarks/train_step.py --torch-python=OTHER/bin/python  # an environment with PyTorch
+
+One step: PGD-10 in evaluation mode, clean and adversarial forward and backward in training mode,
+AGR on all leaves (clipped), SGD with momentum and weight decay; PreAct-ResNet-18, float32, random
+images of 32x32. The contenders take turns, each in a process of its own; compilation and the first
+step are not counted. CPU seconds (user and system, over all cores) are what a busy machine
+disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def measure_jax(conv: str, batch: int, width: int, steps: int) -> dict[str, float]:
+    """Times `Trainer.update` and the attack, as training runs them."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from agr_jax import agr_transform, mesh, models
+    from agr_jax.attacks import PGD
+    from agr_jax.data import Augmentation
+    from agr_jax.methods import AdversarialTraining
+    from agr_jax.threat import Linf
+    from agr_jax.train_step import Trainer
+
+    on = mesh.data_mesh()
+    trainer = Trainer(
+        model=models.create("preactresnet18", 10, width=width, conv=conv),
+        method=AdversarialTraining(PGD(Linf(8 / 255), steps=10, step_size=2 / 255)),
+        optimizer=optax.chain(
+            agr_transform(), optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9)
+        ),
+        augmentation=Augmentation(crop_padding=0, flip=False, cutout="none"),
+        batch_size=batch,
+        steps_per_epoch=1,
+        batch_stats="clean_then_adversarial",
+        on=on,
+    )
+    everywhere = mesh.replicated(on)
+    state = trainer.init(jax.random.key(0), (32, 32, 3))
+    images = jax.random.randint(jax.random.key(1), (batch, 32, 32, 3), 0, 256).astype(jnp.uint8)
+    data = jax.device_put((images, jnp.arange(batch) % 10, jnp.arange(batch)), everywhere)
+    step = jax.jit(
+        lambda state: trainer.step(
+            state, *data, jax.random.key(2), clean_gradient=True, batch_size=batch
+        ),
+        donate_argnums=0,
+        out_shardings=everywhere,
+    )
+    started = time.perf_counter()
+    state, metrics = jax.block_until_ready(step(state))
+    first = time.perf_counter() - started
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        state, metrics = step(state)
+    jax.block_until_ready((state, metrics))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"first_step": first, "wall": wall / steps, "cpu": cpu / steps}
+
+
+def run(python: str, *arguments: str) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    result = subprocess.run([python, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Lets the contenders take turns and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--torch-python", default="", help="Python that can import torch")
+    parser.add_argument("--only", default="", help="measure one contender and print JSON")
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure_jax(options.only, options.batch, options.width, options.steps)))
+        return
+
+    sizes = [f"--batch={options.batch}", f"--width={options.width}", f"--steps={options.steps}"]
+    itself = str(Path(__file__).resolve())
+    contenders = {
+        "JAX, canonical convolution": (sys.executable, itself, "--only=canonical", *sizes),
+        "JAX, plain convolution": (sys.executable, itself, "--only=plain", *sizes),
+    }
+    if options.torch_python:
+        torch_step = str(HERE / "torch_train_step.py")
+        contenders = {"PyTorch": (options.torch_python, torch_step, *sizes), **contenders}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for _ in range(options.turns):
+        for name, arguments in contenders.items():
+            results[name].append(run(*arguments))
+    base = next(iter(results))
+    print(f"batch {options.batch}, width {options.width}, {options.turns} turns; medians")
+    print(f"| contender | CPU s a step | wall s a step | first step, s | CPU, of {base} |")
+    print("|---|---|---|---|---|")
+    for name, turns in results.items():
+        cpu, wall, first = (
+            statistics.median(turn[key] for turn in turns) for key in ("cpu", "wall", "first_step")
+        )
+        # Paired by turn: both saw the same state of the machine.
+        ratio = statistics.median(
+            mine["cpu"] / theirs["cpu"] for mine, theirs in zip(turns, results[base], strict=True)
+        )
+        print(f"| {name} | {cpu:.2f} | {wall:.2f} | {first:.1f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

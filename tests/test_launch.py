@@ -1,0 +1,298 @@
+"""The command line as a user runs it, in processes of its own: kills, signals, mistakes."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+# Digits, 256 images, 8 steps an epoch, PGD-2: seconds a run.
+SMALL = [
+    "--config=configs/digits_at.py",
+    "--config.epochs=3",
+    "--config.batch_size=32",
+    "--config.data.train_examples=256",
+    "--config.data.validation_examples=60",
+    "--config.attack.steps=2",
+    "--config.agr.gics_start_epoch=1",
+    "--config.eval.examples=60",
+    "--config.eval.attacks=('clean','pgd3')",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch.py"), *arguments]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+    inherited = {k: v for k, v in os.environ.items() if k != "TFDS_DATA_DIR"}
+    return {**inherited, "JAX_COMPILATION_CACHE_DIR": cache, **changes}
+
+
+def launch(*arguments: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True
+    )
+
+
+def refused(*arguments: str, cwd: Path = ROOT, **changes: str) -> str:
+    """The one line that a failing command prints."""
+    result = launch(*arguments, cwd=cwd, **changes)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def last_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint, read in a process without our settings."""
+    program = (
+        "import sys, numpy, jax, pathlib, json\n"
+        "from agr_jax import checkpoints, evaluate, mesh, optim, run_folder, train\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "config = run_folder.read_config(folder)\n"
+        "dataset = evaluate.dataset_from_config(config)\n"
+        "trainer = train.create_trainer(config, dataset, mesh.data_mesh())\n"
+        "like = trainer.init(jax.random.key(0), dataset.image_shape)\n"
+        "path = checkpoints.find(folder)\n"
+        "trees = [checkpoints.restore(path, 'variables', like.variables),\n"
+        "         checkpoints.restore(path, 'optimizer', like.opt_state)]\n"
+        "leaves = {jax.tree_util.keystr(k): numpy.asarray(v)\n"
+        "          for k, v in jax.tree.leaves_with_path(trees)}\n"
+        "numpy.savez(sys.argv[2], step=int(path.name), **leaves)\n"
+    )
+    out = folder / "leaves.npz"
+    subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(out)],
+        check=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+    with np.load(out, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch") / "undisturbed"
+    result = launch(*SMALL, f"--workdir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert "| last | 3 |" in result.stdout
+    return folder
+
+
+def wait_for_epoch(folder: Path, epoch: int, process: subprocess.Popen) -> None:
+    """Waits until an epoch is recorded and its checkpoint is whole."""
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise AssertionError(f"ended early: {process.communicate()}")
+        done = sorted((folder / "checkpoints").glob(f"{8 * epoch}/about"))
+        if done:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint within two minutes")
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    one, other = last_checkpoint(left), last_checkpoint(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_killed_within_an_epoch_and_started_again_is_bit_identical(undisturbed, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(*SMALL, f"--workdir={folder}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_epoch(folder, 1, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "evaluations").exists(), "it was too quick to be killed in time"
+    result = launch(*SMALL, f"--workdir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stdout
+    assert_same_run(undisturbed, folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_cleanly(undisturbed, tmp_path, number):
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(*SMALL, f"--workdir={folder}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_epoch(folder, 1, process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, stdout + stderr
+    assert f"stopped by {number.name}" in stdout
+    assert "Traceback" not in stderr
+    assert launch(*SMALL, f"--workdir={folder}").returncode == 0
+    assert_same_run(undisturbed, folder)
+
+
+def test_evaluate_and_resume_need_no_config_file(undisturbed):
+    result = launch("--job=evaluate", f"--workdir={undisturbed}", "--config.eval.examples=20")
+    assert result.returncode == 0, result.stderr
+    assert "20 test images" in result.stdout
+    record = json.loads((undisturbed / "evaluations" / "last.json").read_text())
+    assert record["examples"] == 20
+    assert launch(f"--workdir={undisturbed}").returncode == 0
+
+
+def test_a_run_folder_in_use(undisturbed, tmp_path):
+    program = (
+        "import pathlib, sys, time\n"
+        "from agr_jax import run_folder\n"
+        "with run_folder.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True); time.sleep(600)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(undisturbed)], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    try:
+        assert holder.stdout.readline() == b"locked\n"
+        message = refused(*SMALL, f"--workdir={undisturbed}")
+        assert f"in use by another process (pid {holder.pid})" in message
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert launch(f"--workdir={undisturbed}").returncode == 0  # the dead holder holds nothing
+
+
+def test_mistakes_on_the_command_line(tmp_path):
+    digits = SMALL[0]
+    for arguments, expected in {
+        (digits, "--config.agr.gop_strat=1"): "config.agr.gop_strat: no such field; did you mean",
+        (digits, "--config.epochs=ten"): "--config.epochs=ten: invalid literal",
+        (digits, "--config.epochs=0"): "config.epochs: must be at least 1, got 0",
+        (f"{digits}:papper",): "profile: must be one of paper, official, best, got 'papper'",
+        ("--config=configs/nothing.py",): "there is no file configs/nothing.py",
+        (digits, "epochs=3"): "unexpected argument 'epochs=3'",
+        (): "give --config=configs/FILE.py",
+        (f"--workdir={tmp_path}",): "is no run folder: it has no config.json",
+    }.items():
+        assert expected in refused(*arguments), arguments
+
+
+def test_missing_data_names_places_archive_and_address(tmp_path):
+    (tmp_path / "tfds").mkdir()
+    message = refused(
+        f"--config={ROOT}/configs/tinyimagenet_at.py",
+        cwd=tmp_path,
+        TFDS_DATA_DIR=str(tmp_path / "tfds"),
+    )
+    for part in (
+        str(tmp_path / "tfds"),
+        str(tmp_path / "data"),
+        "tiny-imagenet-200.zip",
+        "248,100,043 bytes",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    ):
+        assert part in message
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.json"))
+
+
+def cifar_archive(path: Path, *, label: int = 3, member: str = "data_batch_1.bin") -> Path:
+    record = bytes([label]) + bytes(3072)
+    names = [f"data_batch_{i}.bin" for i in range(2, 6)] + ["test_batch.bin", member]
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            info = tarfile.TarInfo(name if ".." in name else f"cifar-10-batches-bin/{name}")
+            info.size = len(record) * 20
+            archive.addfile(info, io.BytesIO(record * 20))
+    return path
+
+
+def test_damaged_data_is_named(tmp_path):
+    def cifar(folder: str) -> str:
+        return refused(
+            "--config=configs/cifar10_at.py",
+            f"--config.data.dir={tmp_path / folder}",
+            f"--workdir={tmp_path / 'run'}",
+        )
+
+    for folder in ("truncated", "outside", "labels", "partial"):
+        (tmp_path / folder).mkdir()
+    name = "cifar-10-binary.tar.gz"
+    whole = cifar_archive(tmp_path / "partial" / name)
+    (tmp_path / "truncated" / name).write_bytes(whole.read_bytes()[:-40])
+    cifar_archive(tmp_path / "outside" / name, member="../data_batch_1.bin")
+    cifar_archive(tmp_path / "labels" / name, label=11)
+    assert "truncated" in cifar("truncated")
+    assert "../data_batch_1.bin" in cifar("outside")
+    assert "11" in cifar("labels")
+    assert "subset_ok" in cifar("partial")
+
+
+@pytest.mark.slow
+def test_tiny_imagenet_trains_with_nothing_but_the_config(tmp_path):
+    """The archive is found in ./data; a subset, so `subset_ok`; a small network, to be quick."""
+    if not SHARED.is_dir():
+        pytest.skip("the real Tiny ImageNet subset is in ../shared/data, which is not here")
+    (tmp_path / "data").mkdir()
+    shutil.copy(SHARED / "tiny-imagenet-20.zip", tmp_path / "data" / "tiny-imagenet-200.zip")
+    result = launch(
+        f"--config={ROOT}/configs/tinyimagenet_at.py",
+        "--config.model.width=16",
+        "--config.data.subset_ok=True",
+        "--config.data.train_examples=1280",
+        "--config.epochs=1",
+        "--config.eval.examples=200",
+        "--config.eval.batch_size=200",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "SUBSET" in result.stdout
+    assert "| last | 1 |" in result.stdout
+    row = json.loads((tmp_path / "runs/tinyimagenet_at/evaluations/last.json").read_text())
+    assert row["complete_data"] is False
+    assert row["attacks"]["pgd20"]["correct"] <= row["attacks"]["clean"]["correct"]
+
+
+@pytest.mark.slow
+def test_digits_at_agr_and_standard_training(tmp_path):
+    """The README's first line, and the twin that shows what adversarial training buys."""
+    digits = "--config=configs/digits_at.py"
+    off = "--config.agr.enabled=False"
+    runs = {
+        "at": (digits, off, "--config.epochs=30"),
+        "agr": (digits, f"--config.init_from={tmp_path / 'at'}"),
+        "standard": (digits, off, "--config.method=standard"),
+    }
+    accuracy = {}
+    for name, arguments in runs.items():
+        result = launch(*arguments, f"--workdir={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+        row = json.loads((tmp_path / name / "evaluations" / "last.json").read_text())
+        accuracy[name] = {k: v["accuracy"] for k, v in row["attacks"].items()}
+    assert accuracy["standard"]["clean"] >= 0.95
+    assert accuracy["standard"]["pgd20"] < 0.25
+    assert accuracy["at"]["pgd20"] > 0.60
+    assert abs(accuracy["agr"]["pgd20"] - accuracy["at"]["pgd20"]) <= 0.05
+    assert abs(accuracy["agr"]["clean"] - accuracy["at"]["clean"]) <= 0.05
