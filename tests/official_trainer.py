@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from official_weights import draw, in_torch_layout, statistics, to_variables
+from official_weights import draw, in_torch_layout, path_of, statistics, to_variables
 
 from agr_jax import agr_transform, mesh, optim
 from agr_jax.attacks import PGD
 from agr_jax.config import from_config_dict
 from agr_jax.data import Augmentation
-from agr_jax.methods import AdversarialTraining, Batch
+from agr_jax.methods import AdversarialTraining
 from agr_jax.models import PreActResNet
 from agr_jax.threat import Linf
 from agr_jax.train_step import Trainer, TrainState
@@ -39,9 +39,7 @@ def recording(inner: optax.GradientTransformationExtraArgs):
         return Recorded(inner.init(params), zeros, zeros, zeros)
 
     def update(updates, state, params=None, *, clean_grads=None, **extra):
-        result, after = inner.update(
-            updates, state.inner, params, clean_grads=clean_grads, **extra
-        )
+        result, after = inner.update(updates, state.inner, params, clean_grads=clean_grads, **extra)
         clean = state.clean if clean_grads is None else clean_grads
         return result, Recorded(after, updates, clean, result)
 
@@ -102,9 +100,7 @@ def compiled_step(trainer: Trainer, *, agr: bool):
         combined = seen.adversarial
         if agr:
             alone = agr_transform(clip="changed")
-            combined, _ = alone.update(
-                combined, alone.init(state.params), clean_grads=seen.clean
-            )
+            combined, _ = alone.update(combined, alone.init(state.params), clean_grads=seen.clean)
         return after, metrics, (clean, adversarial), combined
 
     return step
@@ -169,8 +165,6 @@ def _diagnostic_errors(state, metrics, z, key, names) -> dict[str, float]:
     # AGR's vectors are in the order of our tree.
     ours = [path for path, _ in jax.tree.leaves_with_path(state.params)]
     row = {jax.tree_util.keystr(path, simple=True, separator="/"): i for i, path in enumerate(ours)}
-    from official_weights import path_of
-
     order = [row["/".join(path_of(name)[1:])] for name in names]
     cosine = np.asarray(optax.tree.get(seen.inner, "cosine"))[order]
     distance = jax.tree.map(

@@ -39,7 +39,7 @@ def state_dict_shapes(num_classes: int = 10, width: int = 64) -> Iterator[tuple[
 
 def draw(seed: int, lin_gain: float) -> dict[str, np.ndarray]:
     """The golden weights as a PyTorch state_dict, float32."""
-    rs = np.random.RandomState(seed)  # noqa: NPY002 - the recipe's generator
+    rs = np.random.RandomState(seed)
     state_dict = {}
     for name, shape in state_dict_shapes():
         if len(shape) == 4:

@@ -80,7 +80,7 @@ def create(
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
     """A network with its variables, in evaluation mode, as a function from images to logits.
 

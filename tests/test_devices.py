@@ -1,0 +1,139 @@
+"""One step on one device or several, and AGR that never starts against none, in float32.
+
+`sign` inside the attack amplifies rounding, so that whole float32 trajectories cannot be compared
+between numbers of devices; `float64/test_devices.py` does that.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from agr_jax import agr_transform, mesh, models
+from agr_jax.attacks import pgd
+from agr_jax.data import Augmentation
+from agr_jax.methods import AdversarialTraining, Batch
+from agr_jax.threat import Linf
+from agr_jax.train_step import Trainer
+
+BATCH = 16
+ABSENT = {"gop_start": None, "gics_start": None, "clip": "none", "clip_norm": None}
+TOO_LATE = {"gop_start": 1000, "gics_start": 2000}
+
+
+def make_trainer(agr, devices=1):
+    return Trainer(
+        model=models.create("wrn10_1", 10, width=8),
+        method=AdversarialTraining(pgd(Linf(8 / 255), steps=3, step_size=4 / 255)),
+        optimizer=optax.chain(
+            agr_transform(**agr),
+            optax.add_decayed_weights(5e-4),
+            optax.trace(0.9),
+            optax.scale_by_learning_rate(0.1),
+        ),
+        augmentation=Augmentation(crop_padding=2, cutout_size=6),
+        batch_size=BATCH,
+        steps_per_epoch=2,
+        batch_stats="clean_then_adversarial",
+        on=mesh.data_mesh(jax.devices()[:devices]),
+    )
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return jax.device_get(make_trainer({}).init(jax.random.key(0, impl="rbg"), (16, 16, 3)))
+
+
+@pytest.fixture(scope="module")
+def updated(initial):
+    """One update on 1, 2 and 4 devices."""
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(BATCH, 16, 16, 3)).astype(np.float32)
+    noise = rng.choice([-8 / 255, 8 / 255], size=images.shape).astype(np.float32)
+    labels = rng.integers(0, 10, size=BATCH).astype(np.int32)
+    results = {}
+    for devices in (1, 2, 4):
+        trainer = make_trainer({}, devices)
+        batch = Batch(images, np.clip(images + noise, 0, 1), labels)
+        batch = jax.device_put(batch, mesh.batch_sharding(trainer.on))
+        state = jax.device_put(initial, mesh.replicated(trainer.on))
+        update = jax.jit(trainer.update, static_argnames="clean_gradient")
+        after = update(state, batch, clean_gradient=True)
+        assert {len(leaf.devices()) for leaf in jax.tree.leaves(after)} == {devices}
+        results[devices] = jax.device_get(after)
+    return results
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_one_update_agrees(initial, updated, devices):
+    state, metrics = updated[1]
+    other, other_metrics = updated[devices]
+    for name in ("params", "batch_stats"):
+        for path, leaf in jax.tree.leaves_with_path(getattr(state, name)):
+            got = dict(jax.tree.leaves_with_path(getattr(other, name)))[path]
+            before = dict(jax.tree.leaves_with_path(getattr(initial, name)))[path]
+            # Relative to the leaf's change, which is the harder test; the leaf is 100 times longer.
+            moved = np.linalg.norm(leaf - before)
+            assert moved > 0
+            assert np.linalg.norm(got - leaf) <= 1e-5 * max(np.linalg.norm(leaf), moved)
+    buffers = [optax.tree.get(s.opt_state, "trace") for s in (state, other)]
+    for got, expected in zip(*map(jax.tree.leaves, buffers[::-1]), strict=True):
+        assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    cosines = [optax.tree.get(s.opt_state, "cosine") for s in (state, other)]
+    np.testing.assert_allclose(*cosines, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def three_steps(initial):
+    """The state after three whole steps on one device, attack and augmentation included."""
+    rng = np.random.default_rng(1)
+    images = jnp.asarray(rng.integers(0, 256, size=(2 * BATCH, 16, 16, 3), dtype=np.uint8))
+    labels = jnp.asarray(rng.integers(0, 10, size=2 * BATCH), jnp.int32)
+    permutation = jnp.asarray(rng.permutation(2 * BATCH), jnp.int32)
+
+    def run(agr, *, clean_gradient, **options):
+        trainer = dataclasses.replace(make_trainer(agr), **options)
+        step = jax.jit(trainer.step, static_argnames=("clean_gradient", "batch_size"))
+        state = jax.tree.map(jnp.asarray, initial)
+        for _ in range(3):
+            state, _ = step(
+                state,
+                images,
+                labels,
+                permutation,
+                jax.random.key(7),
+                clean_gradient=clean_gradient,
+                batch_size=BATCH,
+            )
+        return jax.device_get(state)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def baseline(three_steps):
+    return three_steps(ABSENT, clean_gradient=False)
+
+
+def same_bits(state, other):
+    trained = [
+        (s.params, s.batch_stats, optax.tree.get(s.opt_state, "trace")) for s in (state, other)
+    ]
+    pairs = zip(*map(jax.tree.leaves, trained), strict=True)
+    return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def test_agr_that_never_starts_equals_none_bit_for_bit(initial, three_steps, baseline):
+    assert same_bits(three_steps(TOO_LATE, clean_gradient=False), baseline)
+    assert not same_bits(initial, baseline)
+    assert int(baseline.step) == 3
+
+
+def test_statistics_of_the_clean_pass_are_in_the_baseline_too(three_steps, baseline):
+    without = three_steps(ABSENT, clean_gradient=False, batch_stats="adversarial")
+    assert not same_bits(without, baseline)

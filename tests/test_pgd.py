@@ -1,0 +1,306 @@
+"""PGD and FGSM: closed forms on linear networks, and the contract of an attack."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agr_jax import losses, models
+from agr_jax.attacks import fgsm, pgd
+from agr_jax.threat import L1, L2, Linf
+
+SHAPE = (5, 4, 3, 2)
+PIXELS = 24
+THREATS = [Linf(0.1), L2(0.3), L1(1.0, sparsity=0.75), L1(1.0, sparsity=None)]
+by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of a linear classifier with two classes."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=(PIXELS, 2)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def linear(weights):
+    return lambda images: images.reshape(len(images), -1) @ weights
+
+
+@pytest.fixture(scope="module")
+def images():
+    """In [0, 1], with many pixels on the border."""
+    values = np.random.default_rng(1).uniform(-0.5, 1.5, size=SHAPE)
+    values[2, 0] = 0.98
+    return jnp.asarray(np.clip(values, 0, 1), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def inner_images():
+    """So far from the border that no ball reaches it."""
+    return jnp.asarray(np.random.default_rng(2).uniform(0.4, 0.6, size=SHAPE), jnp.float32)
+
+
+LABELS = jnp.asarray([0, 1, 0, 1, 1])
+KEY = jax.random.key(0)
+
+
+def slope(weights):
+    """Gradient of the margin of every example, [batch, pixels]."""
+    difference = np.asarray(weights[:, 1] - weights[:, 0])
+    return np.where(np.asarray(LABELS)[:, None] == 0, difference, -difference)
+
+
+def gain(linear, images, adversarial):
+    """By how much the attack raised the margin."""
+    margin = losses.margin
+    return margin(linear(adversarial), LABELS) - margin(linear(images), LABELS)
+
+
+# ---- closed forms: the largest margin in the ball is the dual norm of its slope times epsilon
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.margin])
+def test_linf_reaches_the_maximum(linear, weights, inner_images, random_start, loss):
+    attack = pgd(Linf(0.1), steps=10, random_start=random_start, loss=loss)
+    got = gain(linear, inner_images, attack(linear, inner_images, LABELS, KEY))
+    np.testing.assert_allclose(got, 0.1 * np.abs(slope(weights)).sum(1), rtol=1e-4)
+
+
+def test_linf_reaches_the_maximum_inside_the_box(linear, weights, images):
+    adversarial = pgd(Linf(0.1), steps=10)(linear, images, LABELS, KEY)
+    direction = np.sign(slope(weights)).reshape(SHAPE)
+    np.testing.assert_allclose(adversarial, np.clip(images + 0.1 * direction, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_l2_reaches_the_maximum(linear, weights, inner_images, random_start):
+    # Each step turns the perturbation towards the slope; 60 steps leave less than 1e-4.
+    attack = pgd(L2(0.3), steps=60, step_size=0.1, random_start=random_start)
+    got = gain(linear, inner_images, attack(linear, inner_images, LABELS, KEY))
+    np.testing.assert_allclose(got, 0.3 * np.linalg.norm(slope(weights), axis=1), rtol=1e-4)
+
+
+def test_l1_moves_the_steepest_pixel(linear, weights, inner_images):
+    attack = pgd(L1(0.3, sparsity=0.99), steps=10, random_start=False)
+    adversarial = attack(linear, inner_images, LABELS, KEY)
+    got = gain(linear, inner_images, adversarial)
+    np.testing.assert_allclose(got, 0.3 * np.abs(slope(weights)).max(1), rtol=1e-4)
+    changed = np.abs(adversarial - inner_images).reshape(5, -1) > 1e-6
+    np.testing.assert_array_equal(changed.sum(1), 1)
+
+
+def test_the_dense_l1_step_is_weaker(linear, weights, inner_images):
+    attack = pgd(L1(0.3, sparsity=None), steps=1, step_size=0.3, random_start=False)
+    got = gain(linear, inner_images, attack(linear, inner_images, LABELS, KEY))
+    steep = slope(weights)
+    expected = 0.3 * (steep**2).sum(1) / np.abs(steep).sum(1)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    assert (expected < 0.3 * np.abs(steep).max(1)).all()
+
+
+def test_fgsm(linear, weights, images):
+    adversarial = fgsm(Linf(0.1))(linear, images, LABELS, KEY)
+    direction = np.sign(slope(weights)).reshape(SHAPE)
+    np.testing.assert_allclose(adversarial, np.clip(images + 0.1 * direction, 0, 1), atol=1e-6)
+    assert fgsm(Linf(0.0))(linear, images, LABELS, KEY) is images
+
+
+def test_step_size_and_number_of_steps(linear, inner_images):
+    # Three steps of 0.01 from the image are 0.03 away; the default is 2.5 epsilon over the steps.
+    near = pgd(Linf(0.1), steps=3, step_size=0.01, random_start=False)
+    adversarial = near(linear, inner_images, LABELS, KEY)
+    np.testing.assert_allclose(np.abs(adversarial - inner_images), 0.03, atol=1e-6)
+    one = dataclasses.replace(pgd(Linf(0.1), steps=5), random_start=False)
+    explicit = dataclasses.replace(one, step_size=0.05)
+    np.testing.assert_array_equal(
+        one(linear, inner_images, LABELS, KEY), explicit(linear, inner_images, LABELS, KEY)
+    )
+
+
+# ---- the contract
+
+
+@by_threat
+@pytest.mark.parametrize("box_every_step", [True, False])
+def test_stays_in_ball_and_box(linear, images, threat, box_every_step):
+    attack = pgd(threat, steps=5, box_every_step=box_every_step)
+    adversarial = attack(linear, images, LABELS, KEY)
+    assert adversarial.dtype == images.dtype
+    assert adversarial.shape == images.shape
+    assert float(adversarial.min()) >= 0
+    assert float(adversarial.max()) <= 1
+    # Rounding of x + u - x, 6e-8 a pixel.
+    assert (threat.distance(adversarial, images) <= threat.epsilon + 2e-6).all()
+    assert (gain(linear, images, adversarial) > 0).all()
+
+
+def test_the_box_matters_only_at_the_border(images, inner_images):
+    # The loss rises with every pixel up to 1.005, outside the box, and falls beyond it.
+    def kinked(points):
+        flat = points.reshape(len(points), -1)
+        return jnp.stack([jnp.zeros(len(flat)), -jnp.abs(flat - 1.005).sum(1)], axis=1)
+
+    def run(points, **options):
+        attack = pgd(Linf(0.1), steps=6, step_size=0.04, random_start=False, **options)
+        return attack(kinked, points, jnp.zeros(5, jnp.int32), KEY)
+
+    clipped, free = run(images), run(images, box_every_step=False)
+    # At 1 both end where they began; at 0.98 the clipped attack reaches 1 and stays, while the
+    # other goes to 1.02 and back three times.
+    bright = np.asarray(images == 1)
+    assert bright.any()
+    np.testing.assert_array_equal(clipped[bright], 1)
+    np.testing.assert_allclose(free[bright], 1, atol=1e-6)
+    near = np.asarray((images > 0.975) & (images < 0.995))
+    assert near.any()
+    np.testing.assert_array_equal(clipped[near], 1)
+    np.testing.assert_allclose(free[near], images[near], atol=1e-6)
+    assert float(free.min()) >= 0
+    assert float(free.max()) <= 1
+    assert (Linf(0.1).distance(free, images) <= 0.1 + 1e-6).all()
+    np.testing.assert_array_equal(run(inner_images), run(inner_images, box_every_step=False))
+
+
+def test_random_start(linear, inner_images):
+    def run(key, **options):
+        attack = pgd(Linf(0.1), steps=1, step_size=0.01, **options)
+        return attack(linear, inner_images, LABELS, jax.random.key(key))
+
+    assert not np.array_equal(run(0), run(1))
+    np.testing.assert_array_equal(run(0), run(0))
+    np.testing.assert_array_equal(run(0, random_start=False), run(1, random_start=False))
+
+
+def test_from_start_continues_from_the_given_points(linear, inner_images):
+    attack = pgd(Linf(0.1), steps=3, step_size=0.01)
+    start = Linf(0.1).random_start(KEY, inner_images)
+    given = attack.from_start(linear, inner_images, LABELS, start)
+    np.testing.assert_allclose(attack(linear, inner_images, LABELS, KEY), given, atol=1e-7)
+    from_image = attack.from_start(linear, inner_images, LABELS, inner_images)
+    without = dataclasses.replace(attack, random_start=False)
+    np.testing.assert_array_equal(without(linear, inner_images, LABELS, KEY), from_image)
+    assert not np.array_equal(given, from_image)
+
+
+@by_threat
+def test_one_key_stands_for_one_per_image(linear, images, threat):
+    attack = pgd(threat, steps=2, step_size=0.01)
+    keys = jax.random.split(KEY, len(images))
+    together = attack(linear, images, LABELS, keys)
+    np.testing.assert_array_equal(attack(linear, images, LABELS, KEY), together)
+    alone = [
+        attack(linear, images[i : i + 1], LABELS[i : i + 1], keys[i : i + 1])[0] for i in range(5)
+    ]
+    # The products of a batch of one are added up in another order.
+    np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="one key or one per image"):
+        attack(linear, images, LABELS, keys[:3])
+
+
+@by_threat
+def test_float16_images_come_back_as_float16(linear, inner_images, threat):
+    half = inner_images.astype(jnp.float16)
+    adversarial = pgd(threat, steps=2)(linear, half, LABELS, KEY)
+    assert adversarial.dtype == jnp.float16
+    assert (threat.distance(adversarial.astype(jnp.float32), half) > 0).all()
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
+def test_values_outside_the_box_are_refused(linear, images, bad):
+    broken = images.at[3, 1, 2, 0].set(bad)
+    for attack in (pgd(Linf(0.1)), fgsm(Linf(0.1))):
+        with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+            attack(linear, broken, LABELS, KEY)
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+        pgd(Linf(0.1)).from_start(linear, broken, LABELS, images)
+
+
+def test_other_dtypes_and_shapes_are_refused(linear, images):
+    attack = pgd(Linf(0.1))
+    with pytest.raises(ValueError, match=r"images must be floats in \[0, 1\], got dtype uint8"):
+        attack(linear, (images * 255).astype(jnp.uint8), LABELS, KEY)
+    with pytest.raises(ValueError, match="labels must be integers of shape"):
+        attack(linear, images, LABELS.astype(jnp.float32), KEY)
+    for labels in (LABELS[:4], LABELS[:, None], jax.nn.one_hot(LABELS, 2, dtype=jnp.int32)):
+        with pytest.raises(ValueError, match=r"labels must be integers of shape \(5,\)"):
+            attack(linear, images, labels, KEY)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 0), ("step_size", 0.0), ("step_size", -1.0)]
+)
+def test_settings_are_checked(field, value):
+    with pytest.raises(ValueError, match=f"PGD.{field} must be"):
+        pgd(Linf(0.1), **{field: value})
+
+
+def test_works_inside_jit_and_passes_no_gradient(linear, images):
+    attack = pgd(Linf(0.1), steps=2)
+    traced = jax.jit(lambda x, y, k: attack(linear, x, y, k))
+    plain = attack(linear, images, LABELS, KEY)
+    np.testing.assert_allclose(traced(images, LABELS, KEY), plain, atol=1e-6)
+    gradient = jax.grad(lambda x: attack(linear, x, LABELS, KEY).sum())(images)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+# ---- plain functions and pytrees
+
+
+def test_a_second_checkpoint_compiles_nothing(images, weights):
+    traces = []
+
+    def apply(variables, points):
+        traces.append(points.shape)
+        return points.reshape(len(points), -1) @ variables["w"]
+
+    attack = pgd(Linf(0.1), steps=3)
+    first = attack(jax.tree_util.Partial(apply, {"w": weights}), images, LABELS, KEY)
+    compiled = len(traces)
+    assert compiled > 0
+    second = attack(jax.tree_util.Partial(apply, {"w": -weights}), images, LABELS, KEY)
+    assert len(traces) == compiled
+    assert not np.array_equal(first, second)
+    plain = attack(lambda points: apply({"w": weights}, points), images, LABELS, KEY)
+    np.testing.assert_array_equal(first, plain)
+
+
+def test_a_plain_function_is_compiled_once(images, weights):
+    traces = []
+
+    def logits_fn(points):
+        traces.append(points.shape)
+        return points.reshape(len(points), -1) @ weights
+
+    attack = pgd(Linf(0.1), steps=3)
+    attack(logits_fn, images, LABELS, KEY)
+    compiled = len(traces)
+    assert compiled > 0
+    attack(logits_fn, images, LABELS, jax.random.key(1))
+    pgd(Linf(0.1), steps=3)(logits_fn, images, LABELS, KEY)  # an equal attack is the same one
+    assert len(traces) == compiled
+
+
+def test_a_classifier_is_a_pytree(images):
+    traces = []
+
+    class Counting(models.PreActResNet):
+        def __call__(self, points, *, train=False):
+            traces.append(points.shape)
+            return super().__call__(points, train=train)
+
+    model = Counting(2, blocks=(1,), width=4)
+    checkpoints = [model.init(jax.random.key(seed), images) for seed in range(2)]
+    traces.clear()
+    attack = pgd(Linf(0.1), steps=2)
+    results = [attack(models.Classifier(model, checkpoints[0]), images, LABELS, KEY)]
+    compiled = len(traces)
+    assert compiled > 0
+    results.append(attack(models.Classifier(model, checkpoints[1]), images, LABELS, KEY))
+    assert len(traces) == compiled
+    assert not np.array_equal(*results)
+    plain = attack(lambda points: model.apply(checkpoints[0], points), images, LABELS, KEY)
+    # A constant may be folded where an argument is not: the last bit, before the sign.
+    assert np.mean(np.asarray(plain) != np.asarray(results[0])) < 0.02
