@@ -6,16 +6,16 @@ removes from `g_a` the part along `g_c` (gradient orthogonal projection, GOP); w
 interpolates between them by the cosine itself (GICS); then it clips what it changed.
 
 Example:
-    >>> import jax.numpy as jnp, optax
+    >>> import jax.numpy as jnp
     >>> from agr_jax import agr_transform
-    >>> optimizer = optax.chain(agr_transform(clip_norm=None, clip="none"), optax.sgd(1.0))
+    >>> transform = agr_transform(clip="none")
     >>> params = {"w": jnp.zeros(2)}
     >>> clean, adversarial = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 1.0])}
-    >>> updates, _ = optimizer.update(
-    ...     adversarial, optimizer.init(params), params, clean_grads=clean
+    >>> updates, _ = transform.update(
+    ...     adversarial, transform.init(params), params, clean_grads=clean
     ... )
     >>> updates["w"].tolist()  # the part of g_a that opposes g_c is gone
-    [0.0, -1.0]
+    [0.0, 1.0]
 
 Source: "Balancing Generalization and Robustness in Adversarial Training via Steering through Clean
 and Adversarial Gradient Directions", ACM MM 2024, section 3.4 and algorithm 1.
@@ -104,7 +104,8 @@ def agr_transform(
     =====================================  ====================================================
     leaf                                   result
     =====================================  ====================================================
-    g_c = 0                                g_a (the cosine counts as 0; no NaN)
+    g_c = 0                                g_a with GICS (the cosine counts as 0; no NaN);
+                                           tau g_a with a fixed tau
     g_a = 0                                0 with GICS; (1 - tau) g_c with a fixed tau
     both 0                                 0
     parallel, g_a = k g_c, k > 0           g_c with GICS (the cosine is 1)
@@ -128,7 +129,8 @@ def agr_transform(
         `optax.MultiSteps` and `optax.apply_if_finite` around a chain that takes `clean_grads=`
         see only the adversarial gradient: the first would use the clean gradient of the last
         micro-batch, the second would let a NaN in the clean gradient through. Wrap the chain with
-        `from_gradient_pair` for `MultiSteps`, and put `apply_if_finite` after AGR.
+        `from_gradient_pair` for `MultiSteps`, and put `apply_if_finite` after AGR, as also
+        `optax.contrib.mechanize`, which around AGR would tune itself on the adversarial gradient.
 
     Args:
         gop_start: step (counted from 0) from which GOP acts; `None` for never.
@@ -227,9 +229,15 @@ def from_gradient_pair(
         parameters or, as `MultiSteps` wants it, a pair of them.
 
     Raises:
-        TypeError: from `update`, if what flows in is not a `GradientPair`.
+        TypeError: if the transformation takes no extra arguments, so that it would lose the clean
+            gradient; and from `update`, if what flows in is not a `GradientPair`.
     """
-    inner = optax.with_extra_args_support(transformation)
+    inner = transformation
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        raise TypeError(
+            f"{type(inner).__name__} takes no clean gradient and would drop it: put "
+            "from_gradient_pair around the chain with AGR, and the other wrapper around that"
+        )
 
     def init(params: PyTree) -> optax.OptState:
         return inner.init(params.adversarial if isinstance(params, GradientPair) else params)
@@ -261,8 +269,8 @@ def clean_and_adversarial_grads(
 ) -> Any:
     """Takes the gradient of one loss at clean and at adversarial inputs.
 
-    The clean backward pass ends before the adversarial pass begins, so only one set of activations
-    is alive at a time.
+    The clean backward pass ends before the adversarial pass begins, so that accelerators keep one
+    set of activations at a time.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> loss`; with `aux` given,

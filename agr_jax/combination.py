@@ -88,8 +88,9 @@ class CombinationRule:
         gop = _is_active(self.gop_start, step)
         gics = _is_active(self.gics_start, step)
 
-        projected = gop & (cosine < 0)
-        eligible = ~projected if self.interpolate_negative else cosine >= 0
+        conflict = adversarial.dot(clean) < 0  # also where the cosine is too small for its dtype
+        projected = gop & conflict
+        eligible = ~projected if self.interpolate_negative else ~conflict
         interpolated = gics & eligible & finite
         changed = projected | interpolated
 
@@ -164,6 +165,10 @@ class _ScaledGroup(NamedTuple):
     def norm(self) -> jax.Array:
         return self.scale * self.unit_norm
 
+    @property
+    def divisor(self) -> jax.Array:
+        return jnp.where(self.scale == 0, 1, self.scale)
+
     def dot(self, other: _ScaledGroup) -> jax.Array:
         """Inner product of the divided arrays."""
         products = (jnp.sum(a * b) for a, b in zip(self.arrays, other.arrays, strict=True))
@@ -172,15 +177,14 @@ class _ScaledGroup(NamedTuple):
     def cosine(self, other: _ScaledGroup) -> jax.Array:
         """`<a,b> / (|a||b| + 1e-20)`, the reference's guard, evaluated on the divided arrays."""
         norms = self.unit_norm * other.unit_norm
-        scales = self.scale * other.scale
-        guard = _COSINE_GUARD / jnp.where(scales == 0, 1, scales)
+        guard = _COSINE_GUARD / self.divisor / other.divisor
         return jnp.clip(self.dot(other) / (norms + guard), -1, 1)
 
     def projection_factor(self, onto: _ScaledGroup) -> jax.Array:
         """The k for which self - k * onto is orthogonal to onto; 0 if onto is zero."""
         square = onto.unit_norm**2
         factor = self.dot(onto) / jnp.where(square == 0, 1, square)
-        return factor * (self.scale / jnp.where(onto.scale == 0, 1, onto.scale))
+        return factor * (self.scale / onto.divisor)
 
 
 def _is_active(start: int | None, step: jax.Array) -> jax.Array:

@@ -126,7 +126,7 @@ class Progress:
             self._last = now
             rate = (self._done - self._initial) / (now - self._started)
             left = (self._total - self._done) / rate if rate else float("inf")
-            line = f"{self._description}: {self._done}/{self._total} {self._unit}s"
+            line = f"{self._description}: {self._unit} {self._done} of {self._total}"
             print(f"{line}, {left:.0f} s left {note}".rstrip(), file=self._stream, flush=True)
 
     def print(self, line: str) -> None:

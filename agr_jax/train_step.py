@@ -152,8 +152,9 @@ class Trainer:
     ) -> tuple[GradientPair, PyTree, dict[str, jax.Array]]:
         """The pair (its clean half `None` unless asked for), the statistics, and the metrics.
 
-        The clean backward pass ends before the adversarial pass begins: only one set of activations
-        is alive at a time, so AGR needs hardly more memory than plain adversarial training.
+        The clean backward pass ends before the adversarial pass begins, so that accelerators keep
+        one set of activations at a time (`benchmarks/compiled_memory.py`). XLA's CPU compiler drops
+        the barrier and keeps both.
         """
         params, batch_stats = state.params, state.batch_stats
         in_turn = self.batch_stats == "clean_then_adversarial"
