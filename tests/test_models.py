@@ -355,7 +355,6 @@ def copy_to_torch(torch, net, model_name, variables):
             target.copy_(torch.tensor(np.asarray(value, np.float64)))
 
     preact = model_name == "preactresnet18"
-    shortcut = "shortcut" if preact else "conv_shortcut"
     last, linear = ("bn", "linear") if preact else ("bn1", "fc")
     names = sorted(k for k in params if k.startswith(("layer", "block")))
     with torch.no_grad():
@@ -366,9 +365,9 @@ def copy_to_torch(torch, net, model_name, variables):
                 conv(getattr(block, part), p[part])
             for part in ("bn1", "bn2"):
                 norm(getattr(block, part), p[part], s[part])
-            assert (block.short is not None) == (shortcut in p)
-            if shortcut in p:
-                conv(block.short, p[shortcut])
+            assert (block.short is not None) == ("shortcut" in p)
+            if "shortcut" in p:
+                conv(block.short, p["shortcut"])
         norm(net.last, params[last], stats[last])
         net.linear.weight.copy_(torch.tensor(np.asarray(params[linear]["kernel"], np.float64).T))
         net.linear.bias.copy_(torch.tensor(np.asarray(params[linear]["bias"], np.float64)))

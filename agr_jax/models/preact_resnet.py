@@ -9,37 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from agr_jax.models.convolution import Implementation
-from agr_jax.models.layers import BatchNorm, Conv, Linear, normalize
-
-
-class PreActBlock(nn.Module):
-    """BN, ReLU, convolution, twice; the shortcut convolution reads the first ReLU's output."""
-
-    features: int
-    stride: int
-    conv: Implementation
-    axis_name: str | None
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
-        """Maps `[batch, height, width, in]` to `[batch, height', width', features]`."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def conv(name: str, size: int, stride: int) -> Conv:
-            return Conv(self.features, size, stride, self.conv, name=name, **dtypes)
-
-        def norm(name: str) -> BatchNorm:
-            return BatchNorm(axis_name=self.axis_name, name=name, **dtypes)
-
-        activated = nn.relu(norm("bn1")(features, train=train))
-        shortcut = features
-        if self.stride != 1 or features.shape[-1] != self.features:
-            shortcut = conv("shortcut", 1, self.stride)(activated)
-        out = conv("conv1", 3, self.stride)(activated)
-        out = conv("conv2", 3, 1)(nn.relu(norm("bn2")(out, train=train)))
-        return out + shortcut
+from agr_jax.models.layers import BatchNorm, Conv, Linear, normalize, torch_default_init
+from agr_jax.models.residual_block import PreActBlock
 
 
 class PreActResNet(nn.Module):
@@ -85,6 +56,7 @@ class PreActResNet(nn.Module):
                     features=self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     conv=self.conv,
+                    kernel_init=torch_default_init,
                     axis_name=self.axis_name,
                     name=f"layer{stage + 1}_{block}",
                     **dtypes,

@@ -10,37 +10,9 @@ import jax.numpy as jnp
 
 from agr_jax.models.convolution import Implementation
 from agr_jax.models.layers import BatchNorm, Conv, Linear, normalize
+from agr_jax.models.residual_block import PreActBlock
 
 _conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class WideBlock(nn.Module):
-    """BN, ReLU, convolution, twice; where the shape changes, the shortcut reads the first ReLU."""
-
-    features: int
-    stride: int
-    conv: Implementation
-    axis_name: str | None
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
-        """Maps `[batch, height, width, in]` to `[batch, height', width', features]`."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def conv(name: str, size: int, stride: int) -> Conv:
-            return Conv(self.features, size, stride, self.conv, _conv_init, name=name, **dtypes)
-
-        def norm(name: str) -> BatchNorm:
-            return BatchNorm(axis_name=self.axis_name, name=name, **dtypes)
-
-        activated = nn.relu(norm("bn1")(features, train=train))
-        same_shape = features.shape[-1] == self.features
-        shortcut = features if same_shape else conv("conv_shortcut", 1, self.stride)(activated)
-        out = conv("conv1", 3, self.stride)(activated)
-        out = conv("conv2", 3, 1)(nn.relu(norm("bn2")(out, train=train)))
-        return out + shortcut
 
 
 class WideResNet(nn.Module):
@@ -80,10 +52,11 @@ class WideResNet(nn.Module):
         features = Conv(self.width, 3, 1, self.conv, _conv_init, name="conv1", **dtypes)(features)
         for stage in range(3):
             for block in range((self.depth - 4) // 6):
-                features = WideBlock(
+                features = PreActBlock(
                     features=self.width * self.widen_factor * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     conv=self.conv,
+                    kernel_init=_conv_init,
                     axis_name=self.axis_name,
                     name=f"block{stage + 1}_{block}",
                     **dtypes,
