@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -13,9 +14,8 @@ from agr_jax import evaluate, mesh, run_folder, train
 from agr_jax.config import Config, check_field_name, from_config_dict
 from agr_jax.errors import UserError
 
-_HERE = Path(__file__).resolve().parent
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:PROFILE.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; by default runs/<name of the run>.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; by default runs/<name>.")
 _JOB = flags.DEFINE_enum("job", "train", ["train", "evaluate"], "What to do.")
 
 
@@ -25,15 +25,14 @@ def main(argv: list[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}: flags look like --config.epochs=10")
     if _CONFIG.value is None:
         _fail("give --config=configs/FILE.py, or --workdir=RUN of an existing run")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes at INFO
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every file it writes
     try:
         config = from_config_dict(_CONFIG.value)
         sys.exit(_run(config, Path(_WORKDIR.value or run_folder.default_folder(config))))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; the same command continues", status=130)
     except OSError as error:  # a full disk, a folder without permission
         _fail(f"{type(error).__name__}: {error}")
 
@@ -42,22 +41,25 @@ def _run(config: Config, folder: Path) -> int:
     mesh.prepare_backend(deterministic=config.deterministic)
     if _JOB.value == "train":
         return train.run(config, folder)
+    run_folder.check(folder, config)
     records = evaluate.evaluate_run(folder, config)
     print(f"{config.name}, {folder}\n\n{evaluate.table(records)}")
     return 0
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _with_config_of_run(argv: list[str]) -> list[str]:
     """Without --config=FILE, a run folder's own config.json is the config."""
-    folders = [a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")]
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    folders = [after for word, after in itertools.pairwise(words) if word == "--workdir"]
     if not folders or any(a == "--config" or a.startswith("--config=") for a in argv):
         return argv
-    return [argv[0], f"--config={_HERE}/configs/from_run.py:{folders[-1]}", *argv[1:]]
+    own = f"--config={Path(__file__).parent}/configs/from_run.py:{folders[-1]}"
+    return [argv[0], own, *argv[1:]]
 
 
 def _parse(argv: list[str]) -> list[str]:

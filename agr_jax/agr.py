@@ -51,8 +51,9 @@ class AGRState(NamedTuple):
     """State of `agr_transform`: the step, and what the last update measured.
 
     The diagnostics are float32 vectors with one entry per leaf, in the order of `leaf_names`
-    (one entry in all with `granularity="global"`), and NaN where no clean gradient was given. Read
-    one from a whole optimiser state with `optax.tree.get(opt_state, "cosine")`.
+    (with `granularity="global"` every entry is that of the whole tree), and NaN where no clean
+    gradient was given. Read one from a whole optimiser state with
+    `optax.tree.get(opt_state, "cosine")`.
 
     Attributes:
         step: int32 scalar, the number of updates made.
@@ -115,6 +116,8 @@ def agr_transform(
     NaN or infinity in either gradient     NaN in the whole leaf, so that a later
                                            `optax.apply_if_finite` sees it
     the same, neither part active          g_a as it is
+    norms with a product near 1e-20        as with a cosine towards 0: the published code's guard,
+                                           |g_c| |g_a| + 1e-20, is part of the cosine
     =====================================  ====================================================
 
     With both parts active, and before momentum and weight decay, every leaf of the result `G`
@@ -167,8 +170,7 @@ def agr_transform(
     def init(params: PyTree) -> AGRState:
         if isinstance(params, GradientPair):
             params = params.adversarial
-        count = len(rule.groups(jax.tree.leaves(params)))
-        return AGRState(jnp.zeros([], jnp.int32), *_unknown(count))
+        return AGRState(jnp.zeros([], jnp.int32), *_unknown(len(jax.tree.leaves(params))))
 
     def update(
         updates: PyTree,
@@ -190,7 +192,7 @@ def agr_transform(
 
         if clean_grads is None:
             outs = [rule.clip_only(group, state.step) for group in rule.groups(adversarial)]
-            next_state = AGRState(next_step, *_unknown(len(outs)))
+            next_state = AGRState(next_step, *_unknown(len(adversarial)))
         else:
             _check_pair(updates, clean_grads)
             pairs = zip(
@@ -198,8 +200,10 @@ def agr_transform(
             )
             combined = [rule.combine(g_a, g_c, state.step) for g_a, g_c in pairs]
             outs = [group for group, _ in combined]
-            measured = [_vector(column) for column in zip(*(m for _, m in combined), strict=True)]
-            next_state = AGRState(next_step, *(measured or [jnp.zeros([0], jnp.float32)] * 4))
+            # One entry for each leaf of a group, so that both granularities share one state.
+            by_leaf = [measured for group, measured in combined for _ in group]
+            vectors = [_vector(column) for column in zip(*by_leaf, strict=True)]
+            next_state = AGRState(next_step, *(vectors or _unknown(0)))
         flat = [leaf for group in outs for leaf in group]
         return jax.tree.unflatten(structure, flat), next_state
 

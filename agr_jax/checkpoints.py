@@ -68,11 +68,11 @@ class Checkpoints:
         Raises:
             CheckpointError: if this one or the one before it cannot be written, as on a full disk.
         """
-        if step == self._manager.latest_step():
+        if step == self.latest_step():
             return
         metrics = None if selection_metric is None else {SELECTION_METRIC: selection_metric}
         with self._writing():
-            self._manager.save(
+            written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     variables=ocp.args.StandardSave(variables),
@@ -81,10 +81,17 @@ class Checkpoints:
                 ),
                 metrics=metrics,
             )
+        if not written:
+            raise CheckpointError(
+                f"{self.folder}: step {step} was not saved, for a later step stands here "
+                f"({self._manager.latest_step()}); move what does not belong to this run away"
+            )
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, if any."""
-        return self._manager.latest_step()
+        self._manager.wait_until_finished()
+        steps = _whole_checkpoints(self.folder)
+        return int(steps[-1].name) if steps else None
 
     def wait(self) -> None:
         """Waits until pending writes are on disk."""
@@ -100,9 +107,11 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        # Orbax and tensorstore report a full disk as OSError or as ValueError.
+        except (OSError, ValueError) as error:
+            reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({error.strerror or error}); "
+                f"{self.folder}: a checkpoint could not be written ({reason}); "
                 "the ones before it are whole, and the same command continues from the last"
             ) from error
 
@@ -123,17 +132,9 @@ def find(path: Path, which: str = "last") -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    if (path / "about").is_dir() and path.name.isdigit():
+    if _is_whole(path):
         return path.absolute()
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(
-        (
-            child
-            for child in folder.glob("*")
-            if child.name.isdigit() and (child / "about").is_dir()
-        ),
-        key=lambda child: int(child.name),
-    )
+    steps = _whole_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if not steps:
         raise CheckpointError(
             f"{path}: no checkpoint here; give a run folder or one of its checkpoints/STEP"
@@ -143,8 +144,8 @@ def find(path: Path, which: str = "last") -> Path:
     scored = [(score, step) for step in steps if (score := _score(step)) is not None]
     if not scored:
         raise CheckpointError(
-            f"{path}: no best checkpoint: this run held no examples out "
-            "(--config.data.validation_examples=N)"
+            f"{path}: no best checkpoint: none was scored on held-out examples yet "
+            "(--config.data.validation_examples=N holds some out)"
         )
     return max(scored, key=lambda pair: pair[0])[1].absolute()
 
@@ -156,12 +157,13 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or damaged.
     """
     try:
-        about = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
-            checkpoint / "about", args=ocp.args.JsonRestore()
-        )
-    except (OSError, ValueError) as error:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            about = reader.restore(checkpoint / "about", args=ocp.args.JsonRestore())
+    except Exception as error:  # Orbax raises bare exceptions on damaged files
         raise CheckpointError(f"{checkpoint}: cannot be read as a checkpoint: {error}") from error
-    return dict(about)
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{checkpoint}: cannot be read as a checkpoint: its 'about' is empty")
+    return about
 
 
 def restore(checkpoint: Path, item: str, like: PyTree) -> PyTree:
@@ -181,12 +183,12 @@ def restore(checkpoint: Path, item: str, like: PyTree) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
     try:
-        return ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
-            checkpoint / item, args=ocp.args.StandardRestore(jax.tree.map(abstract, like))
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            wanted = ocp.args.StandardRestore(jax.tree.map(abstract, like))
+            return reader.restore(checkpoint / item, args=wanted)
+    except Exception as error:  # Orbax raises bare exceptions on damaged files
         raise CheckpointError(
-            f"{checkpoint}: its {item!r} do not fit this model and optimiser: {error}"
+            f"{checkpoint}: its {item!r} are damaged or of another model or optimiser: {error}"
         ) from error
 
 
@@ -213,6 +215,16 @@ def check_same(about: Mapping[str, Any], expected: Mapping[str, Any], checkpoint
             raise CheckpointError(
                 f"{checkpoint} is a checkpoint of another {group} ({'; '.join(differing)})"
             )
+
+
+def _is_whole(step: Path) -> bool:
+    """Orbax renames a checkpoint to its number once everything in it is written."""
+    return step.name.isdecimal() and (step / "about").is_dir()
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """All of a folder's checkpoints, by step."""
+    return sorted(filter(_is_whole, folder.glob("*")), key=lambda step: int(step.name))
 
 
 def _selection_metric(metrics: Any) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -31,7 +32,8 @@ class Range(NamedTuple):
 
     def holds(self, value: float) -> bool:
         """Whether a value lies in the range."""
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        inside = self.low <= value <= self.high and math.isfinite(value)
+        return inside and not (self.above and value == self.low)
 
 
 NonNegativeInt = Annotated[int, Range(0)]

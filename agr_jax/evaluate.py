@@ -122,10 +122,13 @@ def evaluate_run(
 ) -> list[dict[str, Any]]:
     """Evaluates checkpoints of a run on the test set, and saves `evaluations/<which>.json`.
 
+    With fewer than all test images the file is `<which>-first<n>.json`, so that it never replaces
+    the whole evaluation.
+
     Args:
         folder: the run folder.
         config: its config, possibly with other `eval` fields.
-        which: `last`, `best` (left out where the run held nothing out), or both.
+        which: `last`, `best`, or both (the best is left out where nothing was held out).
         dataset: already loaded, or `None` to load it.
         on: devices, by default all.
 
@@ -148,11 +151,15 @@ def evaluate_run(
             f"{len(dataset.test.labels)}"
         )
     split = Split(dataset.test.images[:examples], dataset.test.labels[:examples])
+    subset = "" if examples == len(dataset.test.labels) else f"-first{examples}"
     records = []
     for name in which:
-        if name == "best" and config.data.validation_examples == 0:
-            continue
-        checkpoint = checkpoints.find(folder, name)
+        try:
+            checkpoint = checkpoints.find(folder, name)
+        except CheckpointError:
+            if name == "best" and "last" in which:  # nothing was held out, or not scored yet
+                continue
+            raise
         classifier, about = load_classifier(checkpoint, config, dataset, on)
         record = {
             "checkpoint": name,
@@ -187,7 +194,7 @@ def evaluate_run(
             }
         run_folder.evaluations_path(folder).mkdir(exist_ok=True)
         write_atomically(
-            run_folder.evaluations_path(folder) / f"{name}.json",
+            run_folder.evaluations_path(folder) / f"{name}{subset}.json",
             json.dumps(record, indent=2) + "\n",
         )
         records.append(record)
@@ -232,13 +239,21 @@ def model_from_config(config: Config, num_classes: int, dtype: Any = jnp.float32
 def description(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """The model and the data set, as a checkpoint's `about` holds them."""
     as_dict = config_module.to_dict(config)
+    drawn = config.data.train_examples or config.data.validation_examples
     return {
         "model": {
             **{name: as_dict["model"][name] for name in ("name", "width", "mean", "std")},
             "num_classes": dataset.num_classes,
             "image_shape": list(dataset.image_shape),
         },
-        "data set": {"name": dataset.name, "complete": dataset.complete},
+        "data set": {
+            "name": dataset.name,
+            "complete": dataset.complete,
+            "train_examples": config.data.train_examples,
+            "validation_examples": config.data.validation_examples,
+            # Another split would hold out what a base was trained on.
+            "split_seed": config.seed if drawn else None,
+        },
     }
 
 

@@ -29,6 +29,7 @@ def prepare_backend(*, deterministic: bool) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "agr_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -32,14 +32,17 @@ class JsonLines:
         """Appends one record; NaN and infinities become `null`."""
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def forget_after(self, step: int) -> None:
-        """Drops records of later steps, and a half-written last line.
+        """Drops records of later steps, and lines that are damaged or half-written.
 
         A resumed run repeats these steps.
         """
         self._file.close()
-        kept = [record for record in read_json_lines(self._path) if record["step"] <= step]
+        kept = [
+            record for record in read_json_lines(self._path) if record.get("step", step + 1) <= step
+        ]
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -55,13 +58,15 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON-lines file, up to the first line that is not whole."""
+    """Reads the objects of a JSON-lines file, leaving out damaged and half-written lines."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
@@ -155,6 +160,7 @@ class EpochMeter:
         self.images = 0
         self.seconds = 0.0
         self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
         self._last: dict[str, float] = {}
 
     def read(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
@@ -171,11 +177,12 @@ class EpochMeter:
                     "is kept. Try a smaller config.optimizer.learning_rate"
                 )
             self._sums[name] = self._sums.get(name, 0.0) + images * value
+            self._counts[name] = self._counts.get(name, 0) + images
         self.images += images
 
     def means(self) -> dict[str, float]:
         """The epoch's means."""
-        return {name: value / self.images for name, value in self._sums.items()}
+        return {name: value / self._counts[name] for name, value in self._sums.items()}
 
     def note(self) -> str:
         """For the progress bar."""
@@ -184,14 +191,19 @@ class EpochMeter:
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint within an epoch."""
-        return {"images": self.images, "seconds": self.seconds, "sums": dict(self._sums)}
+        return {
+            "images": self.images,
+            "seconds": self.seconds,
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EpochMeter:
         """Back from a checkpoint."""
         meter = cls()
         meter.images, meter.seconds = values["images"], values["seconds"]
-        meter._sums = dict(values["sums"])
+        meter._sums, meter._counts = dict(values["sums"]), dict(values["counts"])
         return meter
 
 

@@ -18,7 +18,7 @@ from agr_jax.errors import RunFolderError
 from agr_jax.metrics import write_atomically
 
 # A run may be continued with other values of these: they do not change what was trained so far.
-_MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir", "config.epochs")
+_MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir")
 
 
 def default_folder(config: Config) -> Path:
@@ -30,6 +30,8 @@ def default_folder(config: Config) -> Path:
         parts.append(config.profile)
     if not config.agr.enabled:
         parts.append("baseline")
+    if config.init_from:
+        parts.append(f"from-{Path(config.init_from).name}")
     if config.seed:
         parts.append(f"seed{config.seed}")
     return Path("runs") / "-".join(parts)
@@ -70,7 +72,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             owner = (folder / ".lock").read_text().strip() or "unknown"
             raise RunFolderError(
                 f"run folder {folder} is in use by another process (pid {owner}); "
@@ -90,7 +92,7 @@ def check(folder: Path, config: Config) -> None:
         RunFolderError: naming the fields that differ.
     """
     saved = checkpoints_path(folder)
-    if not (saved.is_dir() and any(child.name.isdigit() for child in saved.iterdir())):
+    if not (saved.is_dir() and any(child.name.isdecimal() for child in saved.iterdir())):
         return
     if not config_path(folder).exists():
         raise RunFolderError(
@@ -102,6 +104,8 @@ def check(folder: Path, config: Config) -> None:
         for name, values in config_module.differences(theirs, config_module.to_dict(config)).items()
         if not name.startswith(_MAY_CHANGE)
     }
+    if config.optimizer.schedule != "cosine":  # whose rate depends on the last epoch
+        differing.pop("config.epochs", None)
     if differing:
         listed = "; ".join(
             f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items()
@@ -131,4 +135,6 @@ def read_config(folder: Path) -> Config:
         raise RunFolderError(f"{folder} is no run folder: it has no config.json") from None
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{config_path(folder)} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise RunFolderError(f"{config_path(folder)} cannot be read: it holds no fields")
     return config_module.from_config_dict(values)

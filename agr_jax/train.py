@@ -18,7 +18,7 @@ from agr_jax.checkpoints import Checkpoints
 from agr_jax.config import Config
 from agr_jax.data import Augmentation, Dataset
 from agr_jax.data.batches import epoch_permutation, steps_per_epoch
-from agr_jax.errors import ConfigError
+from agr_jax.errors import ConfigError, NonFiniteLossError
 from agr_jax.interruption import StopOnSignal
 from agr_jax.metrics import EpochMeter, JsonLines, Progress
 from agr_jax.models import Classifier
@@ -107,7 +107,7 @@ def _check_before_start(config: Config, dataset: Dataset, on: jax.sharding.Mesh)
         entries = len(getattr(config.model, name))
         if entries not in (1, channels):
             raise ConfigError(
-                f"config.model.{name}: needs 1 or {channels} entries for images of {channels} "
+                f"config.model.{name}: needs one entry, or one for each of the images' {channels} "
                 f"channels, got {entries}"
             )
 
@@ -150,6 +150,11 @@ def _train(
         )
 
         def save(step: int, score: float | None = None) -> None:
+            if not _all_finite(state.variables):
+                raise NonFiniteLossError(
+                    f"parameters are not finite after step {step}: training diverged; the last "
+                    "checkpoint is kept. Try a smaller config.optimizer.learning_rate"
+                )
             saved.save(
                 step,
                 variables=state.variables,
@@ -209,9 +214,10 @@ def _train(
                     done % config.checkpoints.every_epochs == 0
                     or done == config.epochs
                     or done in config.checkpoints.keep_epochs
+                    or scores  # the best epoch must be there to be chosen
                 ):
                     save(end, scores.get(checkpoints.SELECTION_METRIC))
-                if stop.signal is not None and done < config.epochs:
+                if stop.signal is not None:
                     return leave(end, stop.signal)
     return 0
 
@@ -281,6 +287,10 @@ def _restore_or_branch(
             f"config.epochs: {source} has done {about['epoch']} epochs already; "
             f"a branch needs more than these, got {config.epochs}"
         )
+    if step > config.epochs * trainer.steps_per_epoch:
+        raise ConfigError(
+            f"config.epochs: {folder} has done {about['epoch']} epochs already, got {config.epochs}"
+        )
     variables = checkpoints.restore(source, "variables", fresh.variables)
     opt_state = checkpoints.restore(source, "optimizer", fresh.opt_state)
     state = TrainState(
@@ -290,7 +300,13 @@ def _restore_or_branch(
         opt_state=opt_state,
     )
     print(f"going on from {source}, step {step}", flush=True)
-    return state, EpochMeter.from_dict(about["epoch_so_far"])
+    resumed = saved.latest_step() is not None
+    return state, EpochMeter.from_dict(about["epoch_so_far"]) if resumed else EpochMeter()
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def _training_description(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -370,6 +386,9 @@ def _epoch_line(config: Config, record: dict[str, Any]) -> str:
         "projected": "projected {:.0%}",
         "images_per_second": "{:.0f} images/s",
     }
+    if config.method == "standard":
+        shown["adversarial_loss"] = "loss {:.3f}"
+        shown["adversarial_accuracy"] = "training accuracy {:.1%}"
     parts += [text.format(record[name]) for name, text in shown.items() if name in record]
     return ", ".join(parts)
 

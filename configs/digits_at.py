@@ -1,11 +1,13 @@
 """Adversarial training with AGR on scikit-learn's digits: the whole path in a minute, no download.
 
 A smoke test, never evidence: 1,797 images of 8x8 pixels, epsilon 0.15.
+Source: the paper's recipe with a fifth of its epochs; epsilon as large as these images need.
 Command: python launch.py --config=configs/digits_at.py
          python launch.py --config=configs/digits_at.py --config.agr.enabled=False   (baseline)
          python launch.py --config=configs/digits_at.py --config.method=standard \
              --config.agr.enabled=False                                   (standard training)
-Cost and result: see the README.
+Cost: half a minute for 30 epochs on two CPU cores.
+Result: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +30,7 @@ def get_config(profile: str = "paper") -> ConfigDict:
     config.data.cutout = "none"
     config.attack.epsilon = 0.15
     config.attack.step_size = 0.0375
-    config.agr.gop_start_epoch = 0 if profile == "paper" else 30
+    config.agr.gop_start_epoch = 30 if profile == "official" else 0
     config.agr.gics_start_epoch = 30
     config.optimizer.milestones = (20, 30)
     config.eval.step_size = 0.0375

@@ -114,6 +114,7 @@ def test_round_trip_through_json():
         ("epochs", True, r"config\.epochs: must be int, got bool True"),
         ("profile", "papper", r"config\.profile: must be one of .*did you mean 'paper'"),
         ("agr.clip_norm", 0.0, r"config\.agr\.clip_norm: must be above 0"),
+        ("attack.epsilon", float("inf"), r"config\.attack\.epsilon: must be at least 0, got inf"),
         ("agr.tau", 1.5, r"config\.agr\.tau: must be at least 0 and at most 1, got 1\.5"),
         ("attack.norm", "l3", r"config\.attack\.norm: must be one of linf, l2, l1, got 'l3'"),
         ("model.std", (0.2, 0.0), r"config\.model\.std\[1\]: must be above 0"),

@@ -160,9 +160,14 @@ def test_evaluate_and_resume_need_no_config_file(undisturbed):
     result = launch("--job=evaluate", f"--workdir={undisturbed}", "--config.eval.examples=20")
     assert result.returncode == 0, result.stderr
     assert "20 test images" in result.stdout
-    record = json.loads((undisturbed / "evaluations" / "last.json").read_text())
+    record = json.loads((undisturbed / "evaluations" / "last-first20.json").read_text())
     assert record["examples"] == 20
-    assert launch(f"--workdir={undisturbed}").returncode == 0
+    assert launch("--workdir", str(undisturbed)).returncode == 0
+
+
+def test_evaluate_refuses_settings_that_are_not_the_runs(undisturbed):
+    message = refused("--job=evaluate", f"--workdir={undisturbed}", "--config.attack.epsilon=0.01")
+    assert "config.attack.epsilon: 0.15 there, 0.01 here" in message
 
 
 def test_a_run_folder_in_use(undisturbed, tmp_path):
@@ -270,7 +275,7 @@ def test_tiny_imagenet_trains_with_nothing_but_the_config(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "SUBSET" in result.stdout
     assert "| last | 1 |" in result.stdout
-    row = json.loads((tmp_path / "runs/tinyimagenet_at/evaluations/last.json").read_text())
+    row = json.loads((tmp_path / "runs/tinyimagenet_at/evaluations/last-first200.json").read_text())
     assert row["complete_data"] is False
     assert row["attacks"]["pgd20"]["correct"] <= row["attacks"]["clean"]["correct"]
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -121,17 +122,28 @@ def load_dataset(
                 "classes; to use it all the same pass --config.data.subset_ok=True"
             )
     if validation_examples:
-        rest, held_out = hold_out(
-            dataset.train, validation_examples, num_classes=dataset.num_classes, seed=seed
-        )
+        with _named("validation_examples"):
+            rest, held_out = hold_out(
+                dataset.train, validation_examples, num_classes=dataset.num_classes, seed=seed
+            )
         dataset = dataclasses.replace(dataset, train=rest, validation=held_out)
     if train_examples is not None:
-        subset = class_balanced_subset(
-            dataset.train, train_examples, num_classes=dataset.num_classes, seed=seed
-        )
+        with _named("train_examples"):
+            subset = class_balanced_subset(
+                dataset.train, train_examples, num_classes=dataset.num_classes, seed=seed
+            )
         complete = dataset.complete and len(subset) == len(dataset.train)
         dataset = dataclasses.replace(dataset, train=subset, complete=complete)
     return dataset
+
+
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Puts the argument's name before the message of an error."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from error
 
 
 def _find(official: _Official, directory: str | None) -> Path:
