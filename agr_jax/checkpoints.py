@@ -188,7 +188,8 @@ def restore(checkpoint: Path, item: str, like: PyTree) -> PyTree:
             return reader.restore(checkpoint / item, args=wanted)
     except Exception as error:  # Orbax raises bare exceptions on damaged files
         raise CheckpointError(
-            f"{checkpoint}: its {item!r} are damaged or of another model or optimiser: {error}"
+            f"{checkpoint}: its {item!r} are damaged or of another model or optimiser: "
+            + str(error).split(" [tensorstore_spec")[0]
         ) from error
 
 

@@ -165,6 +165,19 @@ def test_evaluate_and_resume_need_no_config_file(undisturbed):
     assert launch("--workdir", str(undisturbed)).returncode == 0
 
 
+def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    for path in (folder / "checkpoints" / "24" / "variables").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    result = launch(f"--workdir={folder}", "--config.epochs=4")
+    assert result.returncode == 2
+    # A failed read makes Orbax complain too, before our one line.
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "checkpoints/24: its 'variables' are damaged" in line
+    assert len(line) < 800
+
+
 def test_evaluate_refuses_settings_that_are_not_the_runs(undisturbed):
     message = refused("--job=evaluate", f"--workdir={undisturbed}", "--config.attack.epsilon=0.01")
     assert "config.attack.epsilon: 0.15 there, 0.01 here" in message
