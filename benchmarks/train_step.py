@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed steps per turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--torch-python", default="", help="Python that can import torch")
+    parser.add_argument("--conv", nargs="+", default=["canonical", "plain"], help="of JAX")
     parser.add_argument("--only", default="", help="measure one contender and print JSON")
     options = parser.parse_args()
     if options.only:
@@ -96,8 +97,8 @@ def main() -> None:
     sizes = [f"--batch={options.batch}", f"--width={options.width}", f"--steps={options.steps}"]
     itself = str(Path(__file__).resolve())
     contenders = {
-        "JAX, canonical convolution": (sys.executable, itself, "--only=canonical", *sizes),
-        "JAX, plain convolution": (sys.executable, itself, "--only=plain", *sizes),
+        f"JAX, {conv} convolution": (sys.executable, itself, f"--only={conv}", *sizes)
+        for conv in options.conv
     }
     if options.torch_python:
         torch_step = str(HERE / "torch_train_step.py")

@@ -12,7 +12,7 @@ import pytest
 def test_exact_tests_pass_in_float64():
     folder = Path(__file__).parent / "float64"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(folder), "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(folder), "-q", "-n0", "-p", "no:cacheprovider"],
         env={**os.environ, "JAX_ENABLE_X64": "1"},
         capture_output=True,
         text=True,

@@ -172,10 +172,11 @@ def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
         path.write_bytes(path.read_bytes()[:100])
     result = launch(f"--workdir={folder}", "--config.epochs=4")
     assert result.returncode == 2
-    # A failed read makes Orbax complain too, before our one line.
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "checkpoints/24: its 'variables' are damaged" in line
-    assert len(line) < 800
+    # A failed read makes Orbax complain too, from threads that may cut into our line's beginning.
+    (line,) = [line for line in result.stderr.splitlines() if "its 'variables' are damaged" in line]
+    assert "checkpoints/24" in line
+    assert "Requested byte range" in line
+    assert len(line) < 1000
 
 
 def test_evaluate_refuses_settings_that_are_not_the_runs(undisturbed):
