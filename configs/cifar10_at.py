@@ -6,7 +6,8 @@ Command: python launch.py --config=configs/cifar10_at.py
 Profiles: paper (default), official (bug-compatible with the published code), best.
 Cost: 29 GFLOP an image and AGR step, 50,000 images an epoch, 200 epochs: 2.9e17 FLOP. Time on an
       accelerator: not measured (benchmarks/train_step.py measures a step).
-Result: not measured at this scale. docs/results.md has what was run.
+Result: not measured at this scale (docs/results.md has what was run);
+        the paper reports 86.22 clean and 46.85 under PGD for AT with AGR (its Table 4; not ours).
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,9 @@ Command: python launch.py --config=configs/digits_at.py
          python launch.py --config=configs/digits_at.py --config.agr.enabled=False   (baseline)
          python launch.py --config=configs/digits_at.py --config.method=standard \
              --config.agr.enabled=False                                   (standard training)
-Cost: half a minute for 30 epochs on two CPU cores.
-Result: docs/results.md.
+Cost: about 20 seconds a run on two CPU cores.
+Result: 99 % clean and 77 % under PGD-20, with and without AGR; 3 % for standard training
+        (docs/results.md).
 """
 
 from ml_collections import ConfigDict
