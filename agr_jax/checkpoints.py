@@ -88,8 +88,12 @@ class Checkpoints:
             )
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, if any."""
-        self._manager.wait_until_finished()
+        """Step of the newest whole checkpoint, if any, after pending writes.
+
+        Raises:
+            CheckpointError: if a pending write failed.
+        """
+        self.wait()
         steps = _whole_checkpoints(self.folder)
         return int(steps[-1].name) if steps else None
 

@@ -173,7 +173,8 @@ class CheckpointConfig:
     """Which checkpoints are kept besides the latest and, with a held-out split, the best.
 
     Attributes:
-        every_epochs: how often a checkpoint is written.
+        every_epochs: how often a checkpoint is written, besides every time that the held-out
+            split is scored.
         keep_epochs: epochs after which the checkpoint is kept for good, to branch from.
     """
 

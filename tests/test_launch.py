@@ -94,13 +94,21 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
-    """Waits until the first whole checkpoint is there: seven more epochs follow."""
+def start_and_wait_for_checkpoint(folder: Path) -> subprocess.Popen:
+    """Starts the small run; returns once its first checkpoint is whole: seven epochs follow."""
+    process = subprocess.Popen(
+        command(*SMALL, f"--workdir={folder}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for _ in range(6000):
         if process.poll() is not None:
             raise AssertionError(f"ended early: {process.communicate()}")
         if any(about.parent.name.isdecimal() for about in folder.glob("checkpoints/*/about")):
-            return
+            return process
         time.sleep(0.05)
     raise AssertionError("no checkpoint within five minutes")
 
@@ -114,15 +122,7 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 def test_killed_within_an_epoch_and_started_again_is_bit_identical(undisturbed, tmp_path):
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*SMALL, f"--workdir={folder}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_checkpoint(folder, process)
+    process = start_and_wait_for_checkpoint(folder)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "evaluations").exists(), "it was too quick to be killed in time"
@@ -137,15 +137,7 @@ def test_killed_within_an_epoch_and_started_again_is_bit_identical(undisturbed, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_cleanly(undisturbed, tmp_path, number):
     folder = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(*SMALL, f"--workdir={folder}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_checkpoint(folder, process)
+    process = start_and_wait_for_checkpoint(folder)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + number, stdout + stderr

@@ -330,3 +330,13 @@ def test_damaged_lines_of_the_metrics_cost_only_themselves(tmp_path):
         log.forget_after(2)
         log.write({"step": 3, "loss": float("nan")})
     assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+
+
+def test_a_write_that_fails_in_the_background_is_named(tmp_path, monkeypatch):
+    def failed(self):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.ocp.CheckpointManager, "wait_until_finished", failed)
+        with pytest.raises(CheckpointError, match=r"could not be written .*No space left"):
+            train.run(small(epochs=1), tmp_path / "run")
