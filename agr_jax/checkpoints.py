@@ -1,7 +1,8 @@
 """Checkpoints of a run, with Orbax: the latest, the best on a held-out split, and chosen ones.
 
-A checkpoint has three items: `variables` (`{"params", "batch_stats"}`, all that inference needs),
-`optimizer` (the optax state), and `about` (JSON: the model, the data set, the position in the run).
+A checkpoint has the items `variables` (`{"params", "batch_stats"}`, all that inference needs),
+`optimizer` (the optax state), `about` (JSON: the model, the data set, the position in the run), and
+`average` (the moving average of the variables) in runs that keep one.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Checkpoints:
         variables: PyTree,
         optimizer: PyTree,
         about: Mapping[str, Any],
+        average: PyTree | None = None,
         selection_metric: float | None = None,
     ) -> None:
         """Writes a checkpoint in the background; it counts only once it is whole.
@@ -71,16 +73,15 @@ class Checkpoints:
         if step == self.latest_step():
             return
         metrics = None if selection_metric is None else {SELECTION_METRIC: selection_metric}
+        items: dict[str, Any] = {
+            "variables": ocp.args.StandardSave(variables),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "about": ocp.args.JsonSave(dict(about)),
+        }
+        if average is not None:
+            items["average"] = ocp.args.StandardSave(average)
         with self._writing():
-            written = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardSave(variables),
-                    optimizer=ocp.args.StandardSave(optimizer),
-                    about=ocp.args.JsonSave(dict(about)),
-                ),
-                metrics=metrics,
-            )
+            written = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         if not written:
             raise CheckpointError(
                 f"{self.folder}: step {step} was not saved, for a later step stands here "
@@ -127,15 +128,23 @@ class Checkpoints:
 
 
 def find(path: Path, which: str = "last") -> Path:
-    """The checkpoint that a path means: itself, or the last or best one of a run folder.
+    """The checkpoint that a path means: itself, or one of a run folder.
 
     Args:
         path: a checkpoint (`RUN/checkpoints/STEP`) or a run folder.
-        which: `"last"`, or `"best"` by the held-out split.
+        which: `"last"`, `"average"` (the last one, which must hold a moving average), or `"best"`
+            by the held-out split.
 
     Raises:
         CheckpointError: if there is none.
     """
+    if which == "average":
+        last = find(path)
+        if not (last / "average").is_dir():
+            raise CheckpointError(
+                f"{last}: holds no moving average (--config.averaging.decay=0.999 keeps one)"
+            )
+        return last
     if _is_whole(path):
         return path.absolute()
     steps = _whole_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
@@ -171,11 +180,11 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(checkpoint: Path, item: str, like: PyTree) -> PyTree:
-    """Reads `variables` or `optimizer`.
+    """Reads an item that is a tree of arrays.
 
     Args:
         checkpoint: from `find`.
-        item: `"variables"` or `"optimizer"`.
+        item: `"variables"`, `"optimizer"` or `"average"`.
         like: tree of arrays or of `jax.ShapeDtypeStruct` with shardings; the result has its
             structure, shapes, dtypes and placement.
 

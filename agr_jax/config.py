@@ -8,39 +8,19 @@ documents its fields; `configs/base.py` holds the paper's values.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from agr_jax.errors import ConfigError
-
-T = TypeVar("T")
-
-
-class Range(NamedTuple):
-    """Bounds of a numeric field: low <= value <= high, or low < value with `above`."""
-
-    low: float
-    high: float = float("inf")
-    above: bool = False
-
-    def __str__(self) -> str:
-        least = f"above {self.low}" if self.above else f"at least {self.low}"
-        return least if self.high == float("inf") else f"{least} and at most {self.high}"
-
-    def holds(self, value: float) -> bool:
-        """Whether a value lies in the range."""
-        inside = self.low <= value <= self.high and math.isfinite(value)
-        return inside and not (self.above and value == self.low)
-
+from agr_jax.fields import OneOf, Range, build, suggestion
 
 NonNegativeInt = Annotated[int, Range(0)]
 PositiveInt = Annotated[int, Range(1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
+MethodName = Annotated[str, OneOf(("at", "trades", "mart", "avmixup", "standard"))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +82,10 @@ class AttackConfig:
         epsilon: radius, in units of the [0, 1] range.
         step_size: length of one step.
         steps: number of steps.
+        objective: what it raises: the `cross_entropy`, or `kl`, the divergence from the clean
+            prediction, as TRADES.
         random_start: start at a random point of the ball.
+        start_noise: without `random_start`, standard deviation of Gaussian noise on the image.
         box_every_step: clip to [0, 1] after every step, not only at the start and the end.
     """
 
@@ -110,8 +93,78 @@ class AttackConfig:
     epsilon: NonNegative
     step_size: Positive
     steps: PositiveInt
+    objective: Literal["cross_entropy", "kl"]
     random_start: bool
+    start_noise: NonNegative
     box_every_step: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TradesConfig:
+    """TRADES.
+
+    Attributes:
+        beta: weight of the divergence, 1 / lambda.
+    """
+
+    beta: NonNegative
+
+
+@dataclasses.dataclass(frozen=True)
+class MartConfig:
+    """MART.
+
+    Attributes:
+        beta: weight of the weighted divergence.
+    """
+
+    beta: NonNegative
+
+
+@dataclasses.dataclass(frozen=True)
+class AVmixupConfig:
+    """AVmixup; see `agr_jax.methods.AVmixup`.
+
+    Attributes:
+        gamma: length of the vertex in units of the perturbation.
+        clean_label: weight of the true class at the image, lambda_1.
+        vertex_label: weight of the true class at the vertex, lambda_2.
+        hard_labels: ignore both weights and use the labels as they are.
+    """
+
+    gamma: NonNegative
+    clean_label: Share
+    vertex_label: Share
+    hard_labels: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class AWPConfig:
+    """Adversarial weight perturbation, on top of any method.
+
+    Attributes:
+        enabled: perturb the weights.
+        gamma: length of the perturbation relative to the norm of a kernel.
+        start_epoch: epoch (counted from 0) from which the weights are perturbed.
+        clean_gradient_at: where the clean gradient is taken: `unperturbed` or `perturbed` weights.
+    """
+
+    enabled: bool
+    gamma: NonNegative
+    start_epoch: NonNegativeInt
+    clean_gradient_at: Literal["unperturbed", "perturbed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragingConfig:
+    """Exponential moving average of the parameters and of BatchNorm's statistics.
+
+    Attributes:
+        decay: share of the average that one step keeps; 0 for no average. Early steps keep less,
+            `(1 + step) / (10 + step)`, so that the initialisation is forgotten.
+    """
+
+    decay: Annotated[float, Range(0, 1 - 1e-9)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +207,8 @@ class OptimizerConfig:
         momentum: as PyTorch's SGD.
         nesterov: use Nesterov's momentum.
         weight_decay: added to the gradient of every parameter, after AGR.
+        clip_global_norm: largest norm of the whole gradient, after AGR and before weight decay; 0
+            for no limit.
         schedule: `piecewise` (times `factor` at each milestone), `cosine` to 0, or `constant`.
         milestones: epochs at which the learning rate drops.
         factor: of each drop.
@@ -163,6 +218,7 @@ class OptimizerConfig:
     momentum: Share
     nesterov: bool
     weight_decay: NonNegative
+    clip_global_norm: NonNegative
     schedule: Literal["piecewise", "cosine", "constant"]
     milestones: tuple[NonNegativeInt, ...]
     factor: Share
@@ -220,31 +276,41 @@ class Config:
     Attributes:
         name: of the experiment; the default run folder is called after it.
         profile: `paper`, `official` or `best`: what the config file was asked for.
-        method: `at` or `standard`.
+        method: `at`, `trades`, `mart`, `avmixup`, `standard`, or `MODULE:FUNCTION` of your own, a
+            function from a `Config` to an `agr_jax.methods.Method`. AWP is a group of its own.
         seed: of initialisation, data order, augmentation and attacks.
         epochs: number of passes over the training set.
         batch_size: over all devices.
-        batch_stats: which passes update BatchNorm's running statistics: `clean_then_adversarial` or
-            `adversarial`.
-        diagnostics: measure the cosine also in epochs that do not use the clean gradient.
+        label_smoothing: share of every cross-entropy's target spread evenly over all classes.
+        batch_stats: which passes update BatchNorm's running statistics: `clean_then_adversarial`,
+            `adversarial`, or `published`, the passes of AGR's published code, which count twice in
+            MART and include the unmixed adversarial images in AVmixup.
+        diagnostics: take the clean gradient in every epoch, also where no update uses it, and write
+            what AGR measures on each leaf in each step to `diagnostics/`.
         init_from: run folder or checkpoint to branch from; empty for a fresh start.
         deterministic: make GPU kernels deterministic (slower).
     """
 
     name: str
     profile: Literal["paper", "official", "best"]
-    method: Literal["at", "standard"]
+    method: MethodName
     seed: Annotated[int, Range(0, 2**31 - 1)]
     epochs: PositiveInt
     batch_size: PositiveInt
-    batch_stats: Literal["clean_then_adversarial", "adversarial"]
+    label_smoothing: Annotated[float, Range(0, 1 - 1e-9)]
+    batch_stats: Literal["clean_then_adversarial", "adversarial", "published"]
     diagnostics: bool
     init_from: str
     deterministic: bool
     model: ModelConfig
     data: DataConfig
     attack: AttackConfig
+    trades: TradesConfig
+    mart: MartConfig
+    avmixup: AVmixupConfig
+    awp: AWPConfig
     agr: AGRConfig
+    averaging: AveragingConfig
     optimizer: OptimizerConfig
     checkpoints: CheckpointConfig
     eval: EvalConfig
@@ -260,7 +326,7 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: on an unknown or missing field, a wrong type, or a value out of range.
     """
-    return _build(Config, dict(values), "config")
+    return build(Config, values, "config")
 
 
 def check_field_name(name: str) -> None:
@@ -274,7 +340,7 @@ def check_field_name(name: str) -> None:
     for part in name.removeprefix("config.").split("."):
         hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
         if part not in hints:
-            raise ConfigError(f"{prefix}.{part}: no such field{_suggestion(part, hints)}")
+            raise ConfigError(f"{prefix}.{part}: no such field{suggestion(part, hints)}")
         cls, prefix = hints[part], f"{prefix}.{part}"
 
 
@@ -295,59 +361,6 @@ def differences(
         elif a != b:
             found[f"{prefix}.{name}"] = (a, b)
     return found
-
-
-def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(f"{prefix}.{name}: no such field{_suggestion(name, hints)}")
-    for name in hints:
-        if name not in values:
-            raise ConfigError(f"{prefix}.{name}: the field is missing")
-    return cls(
-        **{name: _convert(values[name], hint, f"{prefix}.{name}") for name, hint in hints.items()}
-    )
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not hasattr(value, "items"):
-            raise ConfigError(f"{name}: must be a group of fields, got {value!r}")
-        return _build(typing.cast(type, hint), dict(value.items()), name)
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise ConfigError(f"{name}: must be a tuple of values, got {value!r}")
-        return tuple(_convert(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(
-                f"{name}: must be one of {', '.join(arguments)}, got {value!r}"
-                + _close_match(str(value), arguments)
-            )
-        return value
-    if origin is Annotated:
-        number, bounds = _convert(value, arguments[0], name), arguments[1]
-        if not bounds.holds(number):
-            raise ConfigError(f"{name}: must be {bounds}, got {number}")
-        return number
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{name}: must be {hint.__name__}, got {type(value).__name__} {value!r}")
-    return value
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    everything = f"; there are {', '.join(known)}" if known else ""
-    return _close_match(name, known) or everything
-
-
-def _close_match(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _plain(value: Any) -> Any:

@@ -116,7 +116,7 @@ def evaluate_run(
     folder: Path,
     config: Config,
     *,
-    which: Sequence[str] = ("last", "best"),
+    which: Sequence[str] = ("last", "best", "average"),
     dataset: Dataset | None = None,
     on: Mesh | None = None,
 ) -> list[dict[str, Any]]:
@@ -128,7 +128,8 @@ def evaluate_run(
     Args:
         folder: the run folder.
         config: its config, possibly with other `eval` fields.
-        which: `last`, `best`, or both (the best is left out where nothing was held out).
+        which: of `last`, `best` and `average`; beside the last one, the best is left out where
+            nothing was held out, and the average where none is kept.
         dataset: already loaded, or `None` to load it.
         on: devices, by default all.
 
@@ -157,10 +158,11 @@ def evaluate_run(
         try:
             checkpoint = checkpoints.find(folder, name)
         except CheckpointError:
-            if name == "best" and "last" in which:  # nothing was held out, or not scored yet
+            if name != "last" and "last" in which:  # nothing held out or not scored, no average
                 continue
             raise
-        classifier, about = load_classifier(checkpoint, config, dataset, on)
+        item = "average" if name == "average" else "variables"
+        classifier, about = load_classifier(checkpoint, config, dataset, on, item=item)
         record = {
             "checkpoint": name,
             "step": about["step"],
@@ -258,9 +260,9 @@ def description(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def load_classifier(
-    checkpoint: Path, config: Config, dataset: Dataset, on: Mesh
+    checkpoint: Path, config: Config, dataset: Dataset, on: Mesh, *, item: str = "variables"
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Reads a checkpoint's network.
+    """Reads a checkpoint's network; `item` is `variables`, or `average` for the averaged one.
 
     Returns:
         The classifier, and the checkpoint's `about`.
@@ -277,7 +279,7 @@ def load_classifier(
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
     )
-    return Classifier(model, checkpoints.restore(checkpoint, "variables", like)), about
+    return Classifier(model, checkpoints.restore(checkpoint, item, like)), about
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

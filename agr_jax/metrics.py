@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import numpy as np
 import tqdm
 
 from agr_jax.errors import NonFiniteLossError
@@ -70,11 +71,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -163,13 +164,16 @@ class EpochMeter:
         self._counts: dict[str, int] = {}
         self._last: dict[str, float] = {}
 
-    def read(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits for one step's metrics and adds them.
+    def read(
+        self, step: int, images: int, metrics: Mapping[str, jax.Array]
+    ) -> dict[str, np.ndarray]:
+        """Waits for one step's metrics, adds the scalars among them, and returns them all.
 
         Raises:
             NonFiniteLossError: naming the metric and the step.
         """
-        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        read = jax.device_get(dict(metrics))
+        self._last = {name: float(value) for name, value in read.items() if value.ndim == 0}
         for name, value in self._last.items():
             if "loss" in name and not math.isfinite(value):
                 raise NonFiniteLossError(
@@ -179,6 +183,7 @@ class EpochMeter:
             self._sums[name] = self._sums.get(name, 0.0) + images * value
             self._counts[name] = self._counts.get(name, 0) + images
         self.images += images
+        return read
 
     def means(self) -> dict[str, float]:
         """The epoch's means."""

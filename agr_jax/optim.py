@@ -10,7 +10,7 @@ from agr_jax.errors import ConfigError
 
 
 def create(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """AGR, weight decay, momentum, learning rate.
+    """AGR, global clip, weight decay, momentum, learning rate.
 
     AGR is in the chain of the baseline too, switched off: baseline and AGR share one checkpoint
     format, so either can branch from the other.
@@ -20,6 +20,8 @@ def create(config: Config, steps_per_epoch: int) -> optax.GradientTransformation
     """
     optimizer = config.optimizer
     transforms = [agr(config.agr, steps_per_epoch)]
+    if optimizer.clip_global_norm:
+        transforms.append(optax.clip_by_global_norm(optimizer.clip_global_norm))
     if optimizer.weight_decay:
         transforms.append(optax.add_decayed_weights(optimizer.weight_decay))
     if optimizer.momentum:

@@ -1,6 +1,7 @@
 """The folder of one run: its lock, its config, and where everything in it lies.
 
-`config.json`, `metrics.jsonl`, `checkpoints/`, `evaluations/*.json`.
+`config.json`, `metrics.jsonl`, `checkpoints/`, `evaluations/*.json`, and `diagnostics/*.npz` where
+they were asked for.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir")
 def default_folder(config: Config) -> Path:
     """`runs/<name>`, where runs that differ in method, profile, AGR or seed do not collide."""
     parts = [config.name]
-    if config.method != "at":
-        parts.append(config.method)
+    for variant in (config.method.replace(":", "."), *(["awp"] if config.awp.enabled else [])):
+        if variant != "at" and not config.name.endswith(variant):
+            parts.append(variant)
     if config.profile != "paper":
         parts.append(config.profile)
     if not config.agr.enabled:
@@ -55,6 +57,11 @@ def checkpoints_path(folder: Path) -> Path:
 def evaluations_path(folder: Path) -> Path:
     """Where a run keeps its evaluations."""
     return folder / "evaluations"
+
+
+def diagnostics_path(folder: Path) -> Path:
+    """Where a run keeps its diagnostics."""
+    return folder / "diagnostics"
 
 
 @contextmanager

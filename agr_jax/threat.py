@@ -233,6 +233,11 @@ def image_keys(key: jax.Array, batch_size: int) -> jax.Array:
     return key
 
 
+def gaussian_noise(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Standard normal noise for each image; `key` is one key, or one per image."""
+    return _per_image(key, images, lambda k, shape: jax.random.normal(k, shape, images.dtype))
+
+
 def _per_image(key, images, draw):  # type: ignore[no-untyped-def]
     keys = image_keys(key, images.shape[0])
     return jax.vmap(lambda k: draw(k, images.shape[1:]))(keys)

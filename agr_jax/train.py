@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import signal
 import time
@@ -13,15 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agr_jax import checkpoints, evaluate, mesh, methods, optim, run_folder
+from agr_jax import checkpoints, evaluate, leaf_names, mesh, methods, optim, run_folder
 from agr_jax.checkpoints import Checkpoints
 from agr_jax.config import Config
 from agr_jax.data import Augmentation, Dataset
 from agr_jax.data.batches import epoch_permutation, steps_per_epoch
+from agr_jax.diagnostics import DiagnosticsLog
 from agr_jax.errors import ConfigError, NonFiniteLossError
 from agr_jax.interruption import StopOnSignal
 from agr_jax.metrics import EpochMeter, JsonLines, Progress
 from agr_jax.models import Classifier
+from agr_jax.resume import restore_or_branch, training_description
 from agr_jax.train_step import Trainer, TrainState
 
 # Steps that may be dispatched before the oldest one's metrics are read: enough to keep a device
@@ -87,6 +90,7 @@ def create_trainer(config: Config, dataset: Dataset, on: jax.sharding.Mesh) -> T
         steps_per_epoch=per_epoch,
         batch_stats=config.batch_stats,
         on=on,
+        average_decay=config.averaging.decay,
     )
 
 
@@ -131,23 +135,32 @@ def _train(
     ):
         fresh = trainer.init(init_key, dataset.image_shape)
         expected = evaluate.description(config, dataset)
-        state, meter = _restore_or_branch(
+        state, meter = restore_or_branch(
             config, folder, trainer, fresh=fresh, expected=expected, saved=saved
         )
         run_folder.write_config(folder, config)
         first_step = int(state.step)
         log.forget_after(first_step)
+        diagnostics = None
+        if config.diagnostics:
+            diagnostics = DiagnosticsLog(
+                run_folder.diagnostics_path(folder), leaf_names(state.params)
+            )
+            diagnostics.forget_after(first_step)
         print(_plan(config, trainer, state, total), flush=True)
 
         images, labels = jax.device_put((dataset.train.images, dataset.train.labels), everywhere)
-        # One step from the pure function; the old state's memory is reused for the new one.
-        jitted = jax.jit(
-            trainer.step,
-            static_argnames=("clean_gradient", "batch_size"),
-            donate_argnames="state",
-            # What comes out must lie as what went in, or the second step would compile again.
-            out_shardings=everywhere,
-        )
+
+        @functools.cache
+        def compiled(method: methods.Method) -> Callable[..., Any]:
+            """The step; the old state's memory is reused for the new one."""
+            return jax.jit(
+                dataclasses.replace(trainer, method=method).step,
+                static_argnames=("clean_gradient", "batch_size"),
+                donate_argnames="state",
+                # What comes out must lie as what went in, or the second step would compile again.
+                out_shardings=everywhere,
+            )
 
         def save(step: int, score: float | None = None) -> None:
             if not _all_finite(state.variables):
@@ -155,13 +168,16 @@ def _train(
                     f"parameters are not finite after step {step}: training diverged; the last "
                     "checkpoint is kept. Try a smaller config.optimizer.learning_rate"
                 )
+            if diagnostics is not None:
+                diagnostics.write()
             saved.save(
                 step,
                 variables=state.variables,
                 optimizer=state.opt_state,
+                average=state.average,
                 about={
                     **expected,
-                    "training": _training_description(config, trainer),
+                    "training": training_description(config, trainer),
                     "step": step,
                     "epoch": step // per_epoch,
                     "epoch_so_far": meter.as_dict(),
@@ -188,7 +204,7 @@ def _train(
                 clean_gradient = config.diagnostics or optim.uses_clean_gradient(config.agr, epoch)
                 end = (epoch + 1) * per_epoch
                 step = functools.partial(
-                    jitted,
+                    compiled(methods.from_config(config, epoch)),
                     images=images,
                     labels=labels,
                     permutation=order,
@@ -200,7 +216,9 @@ def _train(
                     for number, size in _steps_of_epoch(trainer, epoch, len(dataset.train.labels))
                     if number > first_step
                 ]
-                state, reached = _run_steps(step, state, steps, meter, stop, progress=progress)
+                state, reached = _run_steps(
+                    step, state, steps, meter, stop, progress=progress, diagnostics=diagnostics
+                )
                 if stop.signal is not None and reached < end:
                     return leave(reached, stop.signal)
 
@@ -230,6 +248,7 @@ def _run_steps(
     stop: StopOnSignal,
     *,
     progress: Progress,
+    diagnostics: DiagnosticsLog | None,
 ) -> tuple[TrainState, int]:
     """Takes the steps, given as (number, batch size), or fewer if asked to stop.
 
@@ -237,18 +256,25 @@ def _run_steps(
         The state, and the number of the last step taken.
     """
     in_flight: collections.deque[Any] = collections.deque()
+
+    def read_oldest() -> None:
+        number, size, metrics = in_flight.popleft()
+        read = meter.read(number, size, metrics)
+        if diagnostics is not None:
+            diagnostics.add(number, read)
+
     started = time.perf_counter()
     reached = 0
     for reached, size in steps:
         state, metrics = step(state, batch_size=size)
         in_flight.append((reached, size, metrics))
         if len(in_flight) > _STEPS_IN_FLIGHT:
-            meter.read(*in_flight.popleft())
+            read_oldest()
         progress.advance(note=meter.note())
         if stop.signal is not None:
             break
     while in_flight:
-        meter.read(*in_flight.popleft())
+        read_oldest()
     meter.seconds += time.perf_counter() - started
     return state, reached
 
@@ -262,69 +288,22 @@ def _steps_of_epoch(trainer: Trainer, epoch: int, examples: int) -> list[tuple[i
     ]
 
 
-def _restore_or_branch(
-    config: Config,
-    folder: Path,
-    trainer: Trainer,
-    *,
-    fresh: TrainState,
-    expected: dict[str, Any],
-    saved: Checkpoints,
-) -> tuple[TrainState, EpochMeter]:
-    """The state to go on from: this run's latest checkpoint, its base's, or the fresh one."""
-    if saved.latest_step() is not None:
-        source = checkpoints.find(folder)
-    elif config.init_from:
-        source = checkpoints.find(Path(config.init_from))
-    else:
-        return fresh, EpochMeter()
-    about = checkpoints.read_about(source)
-    expected = {**expected, "training": _training_description(config, trainer)}
-    checkpoints.check_same(about, expected, source)
-    step = about["step"]
-    if saved.latest_step() is None and step >= config.epochs * trainer.steps_per_epoch:
-        raise ConfigError(
-            f"config.epochs: {source} has done {about['epoch']} epochs already; "
-            f"a branch needs more than these, got {config.epochs}"
-        )
-    if step > config.epochs * trainer.steps_per_epoch:
-        raise ConfigError(
-            f"config.epochs: {folder} has done {about['epoch']} epochs already, got {config.epochs}"
-        )
-    variables = checkpoints.restore(source, "variables", fresh.variables)
-    opt_state = checkpoints.restore(source, "optimizer", fresh.opt_state)
-    state = TrainState(
-        step=jax.device_put(jnp.asarray(step, jnp.int32), mesh.replicated(trainer.on)),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=opt_state,
-    )
-    print(f"going on from {source}, step {step}", flush=True)
-    resumed = saved.latest_step() is not None
-    return state, EpochMeter.from_dict(about["epoch_so_far"]) if resumed else EpochMeter()
-
-
 @jax.jit
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def _training_description(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """What a branch must share with its base for its step count and statistics to mean the same."""
-    return {"batch_stats": config.batch_stats, "steps_per_epoch": trainer.steps_per_epoch}
-
-
 def _validate(
     config: Config, trainer: Trainer, state: TrainState, dataset: Dataset, epoch: int
 ) -> dict[str, float]:
-    """Accuracy on the held-out split, clean and under the training attack."""
+    """Accuracy on the held-out split, clean and under PGD with as many steps as in training."""
     done = epoch + 1
     due = done % config.eval.every_epochs == 0 or done == config.epochs
     if dataset.validation is None or not due:
         return {}
     model = evaluate.model_from_config(config, dataset.num_classes)
     classifier = Classifier(model, state.variables)
-    attack = methods.training_attack(config.attack)
+    attack = methods.validation_attack(config.attack)
     names = {"validation_clean_accuracy": None, checkpoints.SELECTION_METRIC: attack}
     return {
         name: float(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from agr_jax import mesh
 from agr_jax.agr import GradientPair
 from agr_jax.data import Augmentation, to_unit_range
-from agr_jax.methods import Batch, Method
+from agr_jax.methods import Batch, Method, Outcome
 from agr_jax.models import Classifier
 
 PyTree = Any
@@ -34,12 +34,14 @@ class TrainState:
         params: parameters of the network.
         batch_stats: BatchNorm's running statistics.
         opt_state: state of the optax chain.
+        average: moving average of `variables`, or `None` where none is kept.
     """
 
     step: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: optax.OptState
+    average: PyTree = None
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -58,8 +60,9 @@ class Trainer:
         augmentation: applied to the uint8 images.
         batch_size: images per step, over all devices.
         steps_per_epoch: length of an epoch; the last step may have fewer images.
-        batch_stats: `clean_then_adversarial` or `adversarial`.
+        batch_stats: `adversarial`, or any other value for clean, then adversarial.
         on: devices that share each batch.
+        average_decay: share of the moving average that one step keeps; 0 for no average.
     """
 
     model: nn.Module
@@ -70,17 +73,20 @@ class Trainer:
     steps_per_epoch: int
     batch_stats: str
     on: Mesh
+    average_decay: float = 0.0
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> TrainState:
         """A fresh state, on all devices."""
 
         def create(key: jax.Array) -> TrainState:
-            variables = self.model.init(key, jnp.zeros([1, *image_shape]))
+            variables = dict(self.model.init(key, jnp.zeros([1, *image_shape])))
             return TrainState(
                 step=jnp.zeros([], jnp.int32),
                 params=variables["params"],
                 batch_stats=variables["batch_stats"],
                 opt_state=self.optimizer.init(variables["params"]),
+                # A copy: a state that is donated to a step may not share buffers.
+                average=jax.tree.map(jnp.copy, variables) if self.average_decay else None,
             )
 
         return jax.jit(create, out_shardings=mesh.replicated(self.on))(key)
@@ -108,9 +114,11 @@ class Trainer:
             batch_size: of this step; only an epoch's last batch may be shorter. Static.
 
         Returns:
-            The next state, and scalar metrics of this step.
+            The next state, and metrics of this step: scalars, and with the clean gradient also
+            `leaf_...`, vectors over the leaves in the order of `agr_jax.leaf_names`.
         """
-        augment_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step))
+        step_key = jax.random.fold_in(key, state.step)
+        augment_key, attack_key, loss_key = jax.random.split(step_key, 3)
         start = (state.step % self.steps_per_epoch) * self.batch_size
         rows = jax.lax.dynamic_slice_in_dim(permutation, start, batch_size)
         chosen = jax.lax.with_sharding_constraint(
@@ -119,69 +127,101 @@ class Trainer:
         clean = to_unit_range(self.augmentation(augment_key, chosen[0]))
         classifier = Classifier(self.model, state.variables)
         adversarial = self.method.adversarial_images(classifier, clean, chosen[1], attack_key)
-        batch = Batch(clean, adversarial, chosen[1])
+        batch = Batch(clean, adversarial, chosen[1], loss_key)
         return self.update(state, batch, clean_gradient=clean_gradient)
 
     def update(
         self, state: TrainState, batch: Batch, *, clean_gradient: bool
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The part of a step after the attack: gradients, AGR, SGD."""
-        pair, batch_stats, metrics = self.gradients(state, batch, clean_gradient=clean_gradient)
+        """The part of a step after the attack: gradients, AGR, SGD, the moving average."""
+        pair, points, batch_stats, metrics = self.gradients(
+            state, batch, clean_gradient=clean_gradient
+        )
         updates, opt_state = self.optimizer.update(
-            pair.adversarial, state.opt_state, state.params, clean_grads=pair.clean
+            pair.adversarial, state.opt_state, points.adversarial, clean_grads=pair.clean
         )
         if clean_gradient:
-            cosine = optax.tree.get(opt_state, "cosine")
-            metrics |= {
-                "cosine": cosine.mean(),
-                "conflicting": (cosine < 0).mean(),
-                "projected": optax.tree.get(opt_state, "projected").mean(),
-                "clean_norm": optax.tree.get(opt_state, "clean_norm").mean(),
-                "adversarial_norm": optax.tree.get(opt_state, "adversarial_norm").mean(),
+            leaves = {
+                name: optax.tree.get(opt_state, name)
+                for name in ("cosine", "projected", "clean_norm", "adversarial_norm")
             }
+            metrics |= {name: values.mean() for name, values in leaves.items()}
+            metrics["conflicting"] = (leaves["cosine"] < 0).mean()
+            metrics |= {f"leaf_{name}": values for name, values in leaves.items()}
+        params = optax.apply_updates(state.params, updates)
         next_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            average=self._averaged(state, {"params": params, "batch_stats": batch_stats}),
         )
         return next_state, metrics
 
     def gradients(
         self, state: TrainState, batch: Batch, *, clean_gradient: bool
-    ) -> tuple[GradientPair, PyTree, dict[str, jax.Array]]:
-        """The pair (its clean half `None` unless asked for), the statistics, and the metrics.
+    ) -> tuple[GradientPair, GradientPair, PyTree, dict[str, jax.Array]]:
+        """Takes the gradients at the parameters that the method chooses.
 
         The clean backward pass ends before the adversarial pass begins, so that accelerators keep
         one set of activations at a time (`benchmarks/compiled_memory.py`). XLA's CPU compiler drops
         the barrier and keeps both.
+
+        Returns:
+            The gradients (the clean one `None` unless asked for), the parameters at which they were
+            taken, the running statistics, and the metrics.
         """
-        params, batch_stats = state.params, state.batch_stats
-        in_turn = self.batch_stats == "clean_then_adversarial"
-        metrics = {}
+        batch_stats = state.batch_stats
+        points = GradientPair(
+            *self.method.gradient_points(self.forward, state.params, batch_stats, batch)
+        )
+        in_turn = self.batch_stats != "adversarial"
+        metrics: dict[str, jax.Array] = {}
         clean_grads = None
+        if clean_gradient:
+            value_and_grad = jax.value_and_grad(self.method.clean_loss, 1, has_aux=True)
+            (loss, outcome), clean_grads = value_and_grad(
+                self.forward, points.clean, batch_stats, batch
+            )
+        elif in_turn:
+            loss, outcome = self.method.clean_loss(self.forward, points.clean, batch_stats, batch)
         if clean_gradient or in_turn:
-            if clean_gradient:
-                value_and_grad = jax.value_and_grad(self.method.clean_loss, 1, has_aux=True)
-                (loss, outcome), clean_grads = value_and_grad(
-                    self.forward, params, batch_stats, batch
-                )
-            else:
-                loss, outcome = self.method.clean_loss(self.forward, params, batch_stats, batch)
-            metrics["clean_loss"] = loss
-            metrics["clean_accuracy"] = _accuracy(outcome.logits, batch.labels)
-            if in_turn:
-                batch_stats = outcome.batch_stats
+            metrics |= self._metrics("clean", loss, outcome, batch.labels)
+            batch_stats = outcome.batch_stats if in_turn else batch_stats
+        if clean_gradient:
             clean_grads, batch, batch_stats = jax.lax.optimization_barrier(
                 (clean_grads, batch, batch_stats)
             )
         value_and_grad = jax.value_and_grad(self.method.adversarial_loss, 1, has_aux=True)
         (loss, outcome), adversarial_grads = value_and_grad(
-            self.forward, params, batch_stats, batch
+            self.forward, points.adversarial, batch_stats, batch
         )
-        metrics["adversarial_loss"] = loss
-        metrics["adversarial_accuracy"] = _accuracy(outcome.logits, batch.labels)
-        return GradientPair(clean_grads, adversarial_grads), outcome.batch_stats, metrics
+        metrics |= self._metrics("adversarial", loss, outcome, batch.labels)
+        pair = GradientPair(clean_grads, adversarial_grads)
+        return pair, points, outcome.batch_stats, metrics
+
+    @staticmethod
+    def _metrics(
+        kind: str, loss: jax.Array, outcome: Outcome, labels: jax.Array
+    ) -> dict[str, jax.Array]:
+        accuracy = jnp.mean(jnp.argmax(outcome.logits, axis=-1) == labels)
+        terms = outcome.terms or {}
+        return {f"{kind}_loss": loss, f"{kind}_accuracy": accuracy, **terms}
+
+    def _averaged(self, state: TrainState, variables: PyTree) -> PyTree:
+        """The next moving average.
+
+        The statistics are averaged as the parameters are: to first order in the parameters'
+        movement these are the statistics of the averaged network, which the current ones are not.
+        """
+        if not self.average_decay:
+            return None
+        decay = jnp.minimum(self.average_decay, (1 + state.step) / (10 + state.step))
+        return jax.tree.map(
+            lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old),
+            state.average,
+            variables,
+        )
 
     def forward(
         self, params: PyTree, batch_stats: PyTree, images: jax.Array
@@ -195,7 +235,3 @@ class Trainer:
         )
         assert isinstance(logits, jax.Array)
         return logits, updated["batch_stats"]
-
-
-def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.argmax(logits, axis=-1) == labels)

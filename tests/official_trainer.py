@@ -1,5 +1,6 @@
 """One training step of the library on the golden network, and its distance to the official one."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 import optax
 from official_weights import draw, in_torch_layout, path_of, statistics, to_variables
 
-from agr_jax import agr_transform, mesh, optim
+from agr_jax import agr_transform, leaf_names, mesh, methods, optim
 from agr_jax.attacks import PGD
 from agr_jax.config import from_config_dict
 from agr_jax.data import Augmentation
-from agr_jax.methods import AdversarialTraining
+from agr_jax.methods import AVmixup
 from agr_jax.models import PreActResNet
 from agr_jax.threat import Linf
 from agr_jax.train_step import Trainer, TrainState
@@ -31,6 +32,17 @@ class Recorded(NamedTuple):
     updates: Any
 
 
+class StepResult(NamedTuple):
+    """What one step gives, and what it went through."""
+
+    state: TrainState
+    metrics: dict[str, jax.Array]
+    clean_logits: jax.Array
+    adversarial_logits: jax.Array
+    combined: Any  # AGR's result
+    moved: Any  # AWP's perturbation of the weights
+
+
 def recording(inner: optax.GradientTransformationExtraArgs):
     """Wraps an optimiser so that its state also keeps the last gradients and updates."""
 
@@ -46,24 +58,50 @@ def recording(inner: optax.GradientTransformationExtraArgs):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_trainer(*, agr: bool, conv: str, dtype: Any) -> Trainer:
-    """AT with or without AGR, both of its parts active from the first step."""
-    values = base.recipe("official")
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredMixture(AVmixup):
+    """AVmixup with the reference's draws."""
+
+    draws: Any = None
+
+    def clean_share(self, batch):
+        return jnp.asarray(self.draws, batch.images.dtype)
+
+
+METHODS = {"AT": "at", "trades": "trades", "mart": "mart", "awp": "awp", "Avmixup": "avmixup"}
+"""The published code's names, and the configs'."""
+
+
+def make_trainer(
+    *, agr: bool, conv: str, dtype: Any, method: str = "AT", z: Any = None, **overrides: Any
+) -> Trainer:
+    """A method in its official profile, with or without AGR, active from the first step.
+
+    `z` are the stored numbers, for AVmixup's draws; `overrides` are fields of the config's `awp`.
+    """
+    values = base.recipe("cifar10", METHODS[method], "official")
     values.agr.enabled = agr
     values.agr.gop_start_epoch = values.agr.gics_start_epoch = 0
     values.optimizer.learning_rate = 0.01
     values.optimizer.schedule = "constant"
+    values.awp.update(overrides)
     config = from_config_dict(values)
     assert (config.agr.clip, config.agr.clip_norm) == ("changed", 0.1)
     assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 5e-4)
+    built = methods.from_config(config)
+    if method == "Avmixup":
+        fields = {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
+        built = StoredMixture(**fields, draws=z["agr64_beta_draws"])
+    else:
+        assert getattr(built, "attack", OFFICIAL_PGD) == OFFICIAL_PGD
     return Trainer(
         model=PreActResNet(10, conv=conv, dtype=dtype, param_dtype=dtype, **IMAGENET),
-        method=AdversarialTraining(OFFICIAL_PGD),
+        method=built,
         optimizer=recording(optim.create(config, steps_per_epoch=1)),
         augmentation=Augmentation(),
         batch_size=16,
         steps_per_epoch=1,
-        batch_stats="clean_then_adversarial",
+        batch_stats=config.batch_stats,
         on=mesh.data_mesh(jax.devices()[:1]),
     )
 
@@ -89,19 +127,22 @@ def nhwc(images: np.ndarray, dtype: Any) -> jax.Array:
 
 
 def compiled_step(trainer: Trainer, *, agr: bool):
-    """`state, batch -> (next state, metrics, (clean, adversarial logits), combined gradient)`."""
+    """`state, batch -> StepResult`."""
 
     @jax.jit
     def step(state, batch):
         after, metrics = trainer.update(state, batch, clean_gradient=agr)
-        clean, between = trainer.forward(state.params, state.batch_stats, batch.images)
-        adversarial, _ = trainer.forward(state.params, between, batch.adversarial)
+        method, stats = trainer.method, state.batch_stats
+        clean_point, point = method.gradient_points(trainer.forward, state.params, stats, batch)
+        clean, _ = trainer.forward(clean_point, stats, batch.images)
+        adversarial, _ = trainer.forward(point, stats, batch.adversarial)
         seen = after.opt_state
         combined = seen.adversarial
         if agr:
             alone = agr_transform(clip="changed")
             combined, _ = alone.update(combined, alone.init(state.params), clean_grads=seen.clean)
-        return after, metrics, (clean, adversarial), combined
+        moved = jax.tree.map(jnp.subtract, point, state.params)
+        return StepResult(after, metrics, clean, adversarial, combined, moved)
 
     return step
 
@@ -110,74 +151,119 @@ def relative(got: Any, expected: Any) -> float:
     return float(np.max(np.abs(got - expected) / np.abs(expected)))
 
 
-def step_errors(result: Any, z: Any, key: str, names: list[str], *, agr: bool) -> dict[str, float]:
+def step_errors(
+    result: StepResult, z: Any, key: str, names: list[str], *, forward: str | None = None
+) -> dict[str, float]:
     """Largest error of a step in every kind of number stored under `key` (such as `agr64_`).
 
     Norms, losses and statistics are relative; sums are relative to the leaf's norm; elements to the
-    root mean square of the leaf; logits to the largest logit; cosines absolute.
+    root mean square of the leaf; logits to the largest logit; cosines absolute. `forward` is the
+    key of what the passes give, where that is stored apart from the gradients; "" for nowhere.
     """
-    state, metrics, (clean_logits, adversarial_logits), combined = result
-    seen = state.opt_state
+    forward = key if forward is None else forward
+    seen = result.state.opt_state
     trees = {
         "gadv": seen.adversarial,
-        "grad": combined,
+        "gclean": seen.clean,
+        "grad": result.combined,
         "buf": optax.tree.get(seen.inner, "trace"),
         "update": jax.tree.map(jnp.negative, seen.updates),  # stored as before minus after
     }
-    if agr:
-        trees["gclean"] = seen.clean
     errors = {}
     for kind, tree in trees.items():
+        # AWP's adversarial gradient does not depend on where the clean one is taken.
+        stored = key if f"{key}{kind}_norm" in z.files else "agr64_"
+        if kind == "gclean" and key.startswith("base"):
+            continue
         worst = dict.fromkeys(("norm", "sum", "first32", "spread32"), 0.0)
         for i, name in enumerate(names):
-            leaf = in_torch_layout(tree, name).astype(np.float64).ravel()
-            norm = z[f"{key}{kind}_norm"][i].astype(np.float64)
-            spread = np.linspace(0, leaf.size - 1, 32).astype(int)
-            first = np.pad(leaf[:32], (0, max(0, 32 - leaf.size)))
-            rms = norm / leaf.size**0.5
-            found = {
-                "norm": abs(np.linalg.norm(leaf) - norm) / norm,
-                "sum": abs(leaf.sum() - z[f"{key}{kind}_sum"][i]) / norm,
-                "first32": np.abs(first - z[f"{key}{kind}_first32"][i]).max() / rms,
-                "spread32": np.abs(leaf[spread] - z[f"{key}{kind}_spread32"][i]).max() / rms,
-            }
+            found = _leaf_errors(in_torch_layout(tree, name), z, f"{stored}{kind}", i)
             # `max` would drop a NaN.
             worst = {part: np.maximum(worst[part], found[part]) for part in worst}
         errors |= {f"{kind}_{part}": float(error) for part, error in worst.items()}
-    errors["loss_clean"] = relative(metrics["clean_loss"], z[f"{key}loss_train_clean"])
-    errors["loss_adv"] = relative(metrics["adversarial_loss"], z[f"{key}loss_train_adv"])
-    pairs = {"clean_logits": clean_logits, "output_adv_logits": adversarial_logits}
-    for part, logits in pairs.items():
-        expected = z[key + part]
-        errors[part] = float(np.abs(logits - expected).max() / np.abs(expected).max())
-    for part, kind in (("bn_mean", "running_mean"), ("bn_var", "running_var")):
-        got, expected = statistics(state.batch_stats, kind), z[key + part]
-        # The means cross zero: they are compared with the largest.
-        scale = np.abs(expected).max() if part == "bn_mean" else np.abs(expected)
-        errors[part] = float(np.max(np.abs(got - expected) / scale))
-    if agr:
-        errors |= _diagnostic_errors(state, metrics, z, key, names)
+    if forward:
+        errors |= _forward_errors(result, z, forward)
+    if f"{key}cs" in z.files:
+        errors |= _diagnostic_errors(result, z, key, names)
     return errors
 
 
-def _diagnostic_errors(state, metrics, z, key, names) -> dict[str, float]:
-    seen = state.opt_state
+def _leaf_errors(value: np.ndarray, z: Any, key: str, i: int) -> dict[str, float]:
+    leaf = value.astype(np.float64).ravel()
+    norm = z[f"{key}_norm"][i].astype(np.float64)
+    spread = np.linspace(0, leaf.size - 1, 32).astype(int)
+    first = np.pad(leaf[:32], (0, max(0, 32 - leaf.size)))
+    rms = norm / leaf.size**0.5
+    return {
+        "norm": abs(np.linalg.norm(leaf) - norm) / norm,
+        "sum": abs(leaf.sum() - z[f"{key}_sum"][i]) / norm,
+        "first32": np.abs(first - z[f"{key}_first32"][i]).max() / rms,
+        "spread32": np.abs(leaf[spread] - z[f"{key}_spread32"][i]).max() / rms,
+    }
+
+
+def _forward_errors(result: StepResult, z: Any, key: str) -> dict[str, float]:
+    metrics = result.metrics
+    errors = {
+        "loss_clean": relative(metrics["clean_loss"], z[f"{key}loss_train_clean"]),
+        "loss_adv": relative(metrics["adversarial_loss"], z[f"{key}loss_train_adv"]),
+    }
+    if f"{key}loss_mart" in z.files:
+        errors["loss_mart_bce"] = relative(metrics["mart_bce"], z[f"{key}loss_adv"])
+        errors["loss_mart_kl"] = relative(6 * metrics["mart_kl"], z[f"{key}loss_mart"])
+    for part, logits in (
+        ("clean_logits", result.clean_logits),
+        ("output_adv_logits", result.adversarial_logits),
+    ):
+        expected = z[key + part]
+        errors[part] = float(np.abs(logits - expected).max() / np.abs(expected).max())
+    for part, kind in (("bn_mean", "running_mean"), ("bn_var", "running_var")):
+        got, expected = statistics(result.state.batch_stats, kind), z[key + part]
+        # The means cross zero: they are compared with the largest.
+        scale = np.abs(expected).max() if part == "bn_mean" else np.abs(expected)
+        errors[part] = float(np.max(np.abs(got - expected) / scale))
+    return errors
+
+
+def perturbation_errors(result: StepResult, z: Any, key: str, names: list[str], gamma: float):
+    """AWP's v, kernel by kernel, against the stored norms and first entries; 0 elsewhere."""
+    kernels = [name for name in names if in_torch_layout(result.moved, name).ndim > 1]
+    assert len(kernels) == len(z[f"{key}awp_v_norm"]) == 21
+    errors = {"v_norm": 0.0, "v_first32": 0.0}
+    for i, name in enumerate(kernels):
+        leaf = in_torch_layout(result.moved, name).astype(np.float64).ravel() / gamma
+        norm = z[f"{key}awp_v_norm"][i]
+        first = np.abs(leaf[:32] - z[f"{key}awp_v_first32"][i][: leaf.size]).max()
+        found = {
+            "v_norm": abs(np.linalg.norm(leaf) - norm) / norm,
+            "v_first32": first / (norm / leaf.size**0.5),
+        }
+        errors = {part: float(np.maximum(errors[part], found[part])) for part in errors}
+    for name in set(names) - set(kernels):
+        assert not in_torch_layout(result.moved, name).any()
+    return errors
+
+
+def _diagnostic_errors(result: StepResult, z: Any, key: str, names: list[str]) -> dict[str, float]:
+    metrics, seen = result.metrics, result.state.opt_state
     # AGR's vectors are in the order of our tree.
-    ours = [path for path, _ in jax.tree.leaves_with_path(state.params)]
-    row = {jax.tree_util.keystr(path, simple=True, separator="/"): i for i, path in enumerate(ours)}
+    row = {name: i for i, name in enumerate(leaf_names(result.state.params))}
     order = [row["/".join(path_of(name)[1:])] for name in names]
-    cosine = np.asarray(optax.tree.get(seen.inner, "cosine"))[order]
+    cosine = np.asarray(metrics["leaf_cosine"])[order]
     distance = jax.tree.map(
         lambda a, c: jnp.linalg.norm((a - c).ravel()), seen.adversarial, seen.clean
     )
-    projected = np.asarray(optax.tree.get(seen.inner, "projected"))
-    mean_distance = float(np.mean(jax.tree.leaves(distance)))
-    return {
+    errors = {
         "cs": float(np.abs(cosine - z[f"{key}cs"]).max()),
-        "gop_count": float(abs(projected.sum() - z[f"{key}gop_count"])),
-        "gop_rate": float(abs(metrics["conflicting"] - z[f"{key}gop_rate"])),
-        "mean_cos": float(abs(metrics["cosine"] - z[f"{key}mean_cos"])),
-        "mean_l2dis": relative(mean_distance, z[f"{key}mean_l2dis"]),
-        "mean_norm_adv": relative(metrics["adversarial_norm"], z[f"{key}mean_norm_adv"]),
-        "mean_norm_clean": relative(metrics["clean_norm"], z[f"{key}mean_norm_clean"]),
+        "gop_count": float(abs(metrics["leaf_projected"].sum() - z[f"{key}gop_count"])),
     }
+    if f"{key}gop_rate" in z.files:
+        mean_distance = float(np.mean(jax.tree.leaves(distance)))
+        errors |= {
+            "gop_rate": float(abs(metrics["conflicting"] - z[f"{key}gop_rate"])),
+            "mean_cos": float(abs(metrics["cosine"] - z[f"{key}mean_cos"])),
+            "mean_l2dis": relative(mean_distance, z[f"{key}mean_l2dis"]),
+            "mean_norm_adv": relative(metrics["adversarial_norm"], z[f"{key}mean_norm_adv"]),
+            "mean_norm_clean": relative(metrics["clean_norm"], z[f"{key}mean_norm_clean"]),
+        }
+    return errors

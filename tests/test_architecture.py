@@ -16,9 +16,11 @@ ORDER = [
     "agr",
     "losses",
     "threat",
+    "fields",
     "config",
     "mesh",
     "metrics",
+    "diagnostics",
     "checkpoints",
     "models",
     "attacks",
@@ -29,6 +31,7 @@ ORDER = [
     "evaluate",
     "interruption",
     "train_step",
+    "resume",
     "train",
 ]
 

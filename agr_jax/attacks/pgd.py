@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from agr_jax import losses
-from agr_jax.threat import ThreatModel
+from agr_jax.threat import ThreatModel, gaussian_noise
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -31,8 +31,12 @@ class PGD:
         threat: ball to stay in, such as `Linf(8 / 255)`.
         steps: number of gradient steps, at least 1.
         step_size: length of one step in the threat's norm; by default `2.5 * epsilon / steps`.
-        random_start: start at a random point of the ball instead of the image.
-        loss: `loss(logits, labels) -> [batch]`, to be raised.
+        random_start: start at a random point of the ball.
+        loss: `loss(logits, targets) -> [batch]`, to be raised.
+        targets: what the loss gets beside the logits: the `labels`, or the `clean_logits`, as when
+            TRADES raises the divergence from the clean prediction.
+        start_noise: without `random_start`, standard deviation of the Gaussian noise that is added
+            to the image, whose own gradient may be zero; 0 starts at the image itself.
         box_every_step: clip to [0, 1] after every step. The published AGR code clips only the start
             and the result (`False`), so that its gradients are taken outside the box too.
 
@@ -54,6 +58,8 @@ class PGD:
     step_size: float | None = None
     random_start: bool = True
     loss: LossFn = losses.cross_entropy
+    targets: Literal["labels", "clean_logits"] = "labels"
+    start_noise: float = 0.0
     box_every_step: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +67,17 @@ class PGD:
             raise ValueError(f"PGD.steps must be at least 1, got {self.steps}")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"PGD.step_size must be positive, got {self.step_size}")
+        if self.targets not in ("labels", "clean_logits"):
+            raise ValueError(
+                f"PGD.targets must be 'labels' or 'clean_logits', got {self.targets!r}"
+            )
+        if not 0 <= self.start_noise < float("inf"):
+            raise ValueError(f"PGD.start_noise must be finite and >= 0, got {self.start_noise}")
+        if self.random_start and self.start_noise:
+            raise ValueError(
+                "PGD.start_noise needs random_start=False: an attack starts at a random point of "
+                f"the ball or near the image, got both (start_noise {self.start_noise})"
+            )
 
     def __call__(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
@@ -115,7 +132,11 @@ class FGSM:
 def _run_pgd(
     attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
 ) -> jax.Array:
-    start = attack.threat.random_start(key, images) if attack.random_start else images
+    start = images
+    if attack.random_start:
+        start = attack.threat.random_start(key, images)
+    elif attack.start_noise:
+        start = images + attack.start_noise * gaussian_noise(key, images)
     return _ascend(attack, logits_fn, images, labels, start)
 
 
@@ -128,8 +149,10 @@ def _ascend(
     if step_size is None:
         step_size = 2.5 * threat.epsilon / attack.steps
 
+    targets = labels if attack.targets == "labels" else logits_fn(images)
+
     def total_loss(candidates: jax.Array) -> jax.Array:
-        return attack.loss(logits_fn(candidates), labels).sum()
+        return attack.loss(logits_fn(candidates), targets).sum()
 
     def step(_: int, candidates: jax.Array) -> jax.Array:
         moved = candidates + step_size * threat.ascent(jax.grad(total_loss)(candidates))

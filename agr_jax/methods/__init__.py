@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+from agr_jax import losses
 from agr_jax.attacks import PGD
 from agr_jax.config import AttackConfig, Config
+from agr_jax.errors import ConfigError
 from agr_jax.methods.at import AdversarialTraining
+from agr_jax.methods.avmixup import AVmixup
+from agr_jax.methods.awp import AdversarialWeightPerturbation
+from agr_jax.methods.mart import MART
 from agr_jax.methods.objective import Batch, Forward, Method, Outcome
 from agr_jax.methods.standard import StandardTraining
+from agr_jax.methods.trades import TRADES, divergence_from
 from agr_jax.threat import L1, L2, Linf, ThreatModel
 
 __all__ = [
+    "MART",
+    "TRADES",
+    "AVmixup",
     "AdversarialTraining",
+    "AdversarialWeightPerturbation",
     "Batch",
     "Forward",
     "Method",
@@ -19,23 +32,102 @@ __all__ = [
     "from_config",
     "threat_model",
     "training_attack",
+    "validation_attack",
 ]
 
 
-def from_config(config: Config) -> Method:
-    """The method that a config names."""
+def from_config(config: Config, epoch: int | None = None) -> Method:
+    """The method that a config names, as it is in an epoch.
+
+    Args:
+        config: settings of the run.
+        epoch: counted from 0; before `config.awp.start_epoch` the weights are not perturbed. By
+            default an epoch after that.
+
+    Raises:
+        ConfigError: if `config.method` is neither a known name nor `MODULE:FUNCTION` of your own.
+    """
+    method = _without_perturbation(config)
+    awp = config.awp
+    if awp.enabled and (epoch is None or epoch >= awp.start_epoch):
+        return AdversarialWeightPerturbation(
+            method, gamma=awp.gamma, clean_gradient_at=awp.clean_gradient_at
+        )
+    return method
+
+
+def _without_perturbation(config: Config) -> Method:
+    attack = training_attack(config.attack)
+    smoothing = config.label_smoothing
+    published = config.batch_stats == "published"
+    if ":" in config.method:
+        return _imported(config)
     if config.method == "standard":
-        return StandardTraining()
-    return AdversarialTraining(training_attack(config.attack))
+        return StandardTraining(label_smoothing=smoothing)
+    if config.method == "at":
+        return AdversarialTraining(attack, label_smoothing=smoothing)
+    if config.method == "trades":
+        return TRADES(attack, beta=config.trades.beta, label_smoothing=smoothing)
+    if config.method == "mart":
+        return MART(
+            attack,
+            beta=config.mart.beta,
+            published_statistics=published,
+            label_smoothing=smoothing,
+        )
+    if config.method == "avmixup":
+        return AVmixup(
+            attack,
+            gamma=config.avmixup.gamma,
+            clean_label=config.avmixup.clean_label,
+            vertex_label=config.avmixup.vertex_label,
+            hard_labels=config.avmixup.hard_labels,
+            published_statistics=published,
+            label_smoothing=smoothing,
+        )
+    raise ConfigError(f"config.method: no such method {config.method!r}")
+
+
+def _imported(config: Config) -> Method:
+    """Calls the function that `config.method` names, `MODULE:FUNCTION`, with the config."""
+    module_name, _, name = config.method.partition(":")
+    try:
+        create: Any = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"config.method: cannot import {config.method!r}: {error}") from error
+    method = create(config)
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"config.method: {config.method} must return an agr_jax.methods.Method, "
+            f"got {type(method).__name__}"
+        )
+    return method
 
 
 def training_attack(config: AttackConfig) -> PGD:
     """The attack inside training."""
+    from_clean = config.objective == "kl"
     return PGD(
         threat_model(config),
         steps=config.steps,
         step_size=config.step_size,
         random_start=config.random_start,
+        loss=divergence_from if from_clean else losses.cross_entropy,
+        targets="clean_logits" if from_clean else "labels",
+        start_noise=config.start_noise,
+        box_every_step=config.box_every_step,
+    )
+
+
+def validation_attack(config: AttackConfig) -> PGD:
+    """The same ball and steps, on the cross-entropy, from a random start: the same for all methods.
+
+    It selects the best checkpoint, so it must not depend on what a method trains against.
+    """
+    return PGD(
+        threat_model(config),
+        steps=config.steps,
+        step_size=config.step_size,
         box_every_step=config.box_every_step,
     )
 

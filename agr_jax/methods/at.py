@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from agr_jax import losses
 from agr_jax.attacks import PGD, LogitsFn
-from agr_jax.methods.objective import Batch, Forward, Outcome
+from agr_jax.methods.objective import Batch, Forward, Method, Outcome
 
 
 @dataclasses.dataclass(frozen=True)
-class AdversarialTraining:
+class AdversarialTraining(Method):
     """Clean loss: cross-entropy at x; adversarial loss: cross-entropy at the attack's x'.
 
     Attributes:
@@ -31,22 +30,10 @@ class AdversarialTraining:
         """Images in the attack's ball."""
         return self.attack(logits_fn, images, labels, key)
 
-    def clean_loss(
-        self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
-        """Cross-entropy of the clean images."""
-        return mean_cross_entropy(forward, params, batch_stats, batch.images, batch.labels)
-
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[jax.Array, Outcome]:
         """Cross-entropy of the adversarial images."""
-        return mean_cross_entropy(forward, params, batch_stats, batch.adversarial, batch.labels)
-
-
-def mean_cross_entropy(
-    forward: Forward, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, Outcome]:
-    """Mean cross-entropy of one training-mode pass."""
-    logits, batch_stats = forward(params, batch_stats, images)
-    return losses.cross_entropy(logits, labels).mean(), Outcome(logits, batch_stats)
+        return self.mean_cross_entropy(
+            forward, params, batch_stats, batch.adversarial, batch.labels
+        )

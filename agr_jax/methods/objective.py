@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
+from agr_jax import losses
 from agr_jax.attacks import LogitsFn
 
 PyTree = Any
@@ -21,11 +24,13 @@ class Batch(NamedTuple):
         images: `[batch, height, width, channels]`, augmented, in [0, 1].
         adversarial: the same shape, from the method's attack.
         labels: `[batch]` integers.
+        key: of this step, for what a loss draws itself.
     """
 
     images: jax.Array
     adversarial: jax.Array
     labels: jax.Array
+    key: jax.Array | None = None
 
 
 class Outcome(NamedTuple):
@@ -33,34 +38,62 @@ class Outcome(NamedTuple):
 
     Attributes:
         logits: `[batch, classes]` of the pass whose accuracy is reported.
-        batch_stats: running statistics after the pass.
+        batch_stats: running statistics after the passes that are to count in them.
+        terms: named parts of the loss, scalars, reported as metrics.
     """
 
     logits: jax.Array
     batch_stats: PyTree
+    terms: dict[str, jax.Array] | None = None
 
 
-class Method(Protocol):
-    """A training method, a frozen object.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """A training method: a frozen object, without state.
 
     The trainer takes the gradients of `clean_loss` and `adversarial_loss` with respect to the
-    parameters, and AGR combines them, whichever method it is.
+    parameters, and AGR combines them, whichever method it is. A method of your own is a subclass
+    with the two abstract methods; `examples/` has one.
+
+    Attributes:
+        label_smoothing: share of every cross-entropy's target spread evenly over all classes.
     """
 
+    label_smoothing: float = 0.0
+
+    @abc.abstractmethod
     def adversarial_images(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
         """The inner attack; `logits_fn` is the network in evaluation mode."""
-        ...
 
-    def clean_loss(
-        self, forward: Forward, params: PyTree, batch_stats: PyTree, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
-        """The loss whose gradient is g_c, a mean over the batch."""
-        ...
-
+    @abc.abstractmethod
     def adversarial_loss(
         self, forward: Forward, params: PyTree, batch_stats: PyTree, batch: Batch
     ) -> tuple[jax.Array, Outcome]:
         """The method's own loss, whose gradient is g_a, a mean over the batch."""
-        ...
+
+    def clean_loss(
+        self, forward: Forward, params: PyTree, batch_stats: PyTree, batch: Batch
+    ) -> tuple[jax.Array, Outcome]:
+        """The loss whose gradient is g_c, a mean over the batch: cross-entropy at the images."""
+        return self.mean_cross_entropy(forward, params, batch_stats, batch.images, batch.labels)
+
+    def gradient_points(
+        self, forward: Forward, params: PyTree, batch_stats: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree]:
+        """The parameters at which the clean and the adversarial gradient are taken."""
+        return params, params
+
+    def mean_cross_entropy(
+        self,
+        forward: Forward,
+        params: PyTree,
+        batch_stats: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+    ) -> tuple[jax.Array, Outcome]:
+        """Mean cross-entropy of one training-mode pass."""
+        logits, batch_stats = forward(params, batch_stats, images)
+        loss = losses.cross_entropy(logits, labels, label_smoothing=self.label_smoothing).mean()
+        return loss, Outcome(logits, batch_stats)

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 
 from agr_jax.attacks import LogitsFn
-from agr_jax.methods.at import mean_cross_entropy
-from agr_jax.methods.objective import Batch, Forward, Outcome
+from agr_jax.methods.objective import Batch, Forward, Method, Outcome
 
 
 @dataclasses.dataclass(frozen=True)
-class StandardTraining:
+class StandardTraining(Method):
     """Both losses are the cross-entropy of the clean images."""
 
     def adversarial_images(
@@ -22,10 +21,8 @@ class StandardTraining:
         """The images themselves."""
         return images
 
-    def clean_loss(
+    def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[jax.Array, Outcome]:
         """Cross-entropy of the clean images."""
-        return mean_cross_entropy(forward, params, batch_stats, batch.images, batch.labels)
-
-    adversarial_loss = clean_loss
+        return self.clean_loss(forward, params, batch_stats, batch)

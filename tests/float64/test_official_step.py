@@ -12,6 +12,7 @@ from official_trainer import (
     initial_state,
     make_trainer,
     nhwc,
+    perturbation_errors,
     step_errors,
 )
 from official_weights import (
@@ -41,12 +42,6 @@ def names(common):
     return bytes(common["leaf_names_utf8"]).decode().split()
 
 
-@pytest.fixture(scope="module")
-def agr_trainer():
-    trainer = make_trainer(agr=True, conv="plain", dtype=jnp.float64)
-    return trainer, compiled_step(trainer, agr=True)
-
-
 def check(errors):
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     assert not wrong
@@ -73,35 +68,58 @@ def test_names_map_in_both_directions(names):
     assert learnt == names
 
 
-def test_agr_step(golden, common, names, agr_trainer):
-    trainer, step = agr_trainer
-    state = initial_state(trainer, int(common["weight_seed"]), float(common["lin_gain"]))
-    images, labels = images_of(common, "", np.float64)
-    batch = Batch(images, nhwc(common["x_adv"], np.float64), labels)
-    z = golden("official_step_prn18_k10_AT.npz")
-    check(step_errors(step(state, batch), z, "agr64_", names, agr=True))
+@pytest.fixture(scope="module")
+def take_step(golden, common):
+    """One step of a method from the golden weights, on the stored adversarial images."""
+
+    def take(method, *, agr, **overrides):
+        z = golden(f"official_step_prn18_k10_{method}.npz")
+        trainer = make_trainer(
+            agr=agr, conv="plain", dtype=jnp.float64, method=method, z=z, **overrides
+        )
+        state = initial_state(trainer, int(common["weight_seed"]), float(common["lin_gain"]))
+        images, labels = images_of(common, "", np.float64)
+        batch = Batch(images, nhwc(common["x_adv"], np.float64), labels)
+        return compiled_step(trainer, agr=agr)(state, batch), z
+
+    return take
 
 
-def test_baseline_step(golden, common, names):
-    trainer = make_trainer(agr=False, conv="plain", dtype=jnp.float64)
-    state = initial_state(trainer, int(common["weight_seed"]), float(common["lin_gain"]))
-    images, labels = images_of(common, "", np.float64)
-    batch = Batch(images, nhwc(common["x_adv"], np.float64), labels)
-    z = golden("official_step_prn18_k10_AT.npz")
-    result = compiled_step(trainer, agr=False)(state, batch)
-    check(step_errors(result, z, "base64_", names, agr=False))
+@pytest.mark.parametrize("agr", [True, False])
+@pytest.mark.parametrize("method", ["AT", "trades", "mart", "Avmixup"])
+def test_step(take_step, names, method, agr):
+    result, z = take_step(method, agr=agr)
+    check(step_errors(result, z, "agr64_" if agr else "base64_", names))
 
 
-def test_three_agr_steps_in_a_row(golden, names, agr_trainer):
-    trainer, step = agr_trainer
+def test_awp_baseline(take_step, names):
+    result, z = take_step("awp", agr=False)
+    check(step_errors(result, z, "base64_", names))
+    check(perturbation_errors(result, z, "base64_", names, gamma=0.01))
+
+
+@pytest.mark.parametrize(
+    ("clean_gradient_at", "key", "forward"),
+    # The stored clean pass is that at w.
+    [("unperturbed", "cleanw64_", "agr64_"), ("perturbed", "cleanwv64_", "")],
+)
+def test_awp_with_agr(take_step, names, clean_gradient_at, key, forward):
+    result, z = take_step("awp", agr=True, clean_gradient_at=clean_gradient_at)
+    check(step_errors(result, z, key, names, forward=forward))
+    check(perturbation_errors(result, z, "agr64_", names, gamma=0.01))
+
+
+def test_three_agr_steps_in_a_row(golden, names):
+    trainer = make_trainer(agr=True, conv="plain", dtype=jnp.float64)
+    step = compiled_step(trainer, agr=True)
     z = golden("official_steps3_prn18_k10_AT.npz")
     state = initial_state(trainer, int(z["weight_seed"]), float(z["lin_gain"]))
     for number in range(3):
         images, labels = images_of(z, f"s{number}_", np.float64)
         batch = Batch(images, nhwc(z[f"s{number}_x_adv"], np.float64), labels)
         result = step(state, batch)
-        check(step_errors(result, z, f"s{number}64_", names, agr=True))
-        state = result[0]
+        check(step_errors(result, z, f"s{number}64_", names))
+        state = result.state
     assert int(state.step) == 3
 
 

@@ -1,0 +1,19 @@
+"""AVmixup with AGR on scikit-learn's digits: a smoke test in seconds, never evidence.
+
+1,797 images of 8x8 pixels, epsilon 0.15, no download.
+Source: the paper's recipe with a fifth of its epochs; Lee et al., CVPR 2020.
+Command: python launch.py --config=configs/digits_avmixup.py
+         python launch.py --config=configs/digits_avmixup.py --config.agr.enabled=False  (baseline)
+Profiles: paper (default), official, best; docs/profiles.md compares them.
+Cost: about half a minute on two CPU cores.
+Result: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(profile: str = "paper") -> ConfigDict:
+    """The recipe in a profile."""
+    return base.recipe("digits", "avmixup", profile)

@@ -1,0 +1,20 @@
+"""AT with adversarial weight perturbation (AWP) with AGR on scikit-learn's digits: a smoke test in seconds, never evidence.
+
+1,797 images of 8x8 pixels, epsilon 0.15, no download.
+Source: the paper's recipe with a fifth of its epochs; Wu et al., NeurIPS 2020.
+Command: python launch.py --config=configs/digits_awp.py
+         python launch.py --config=configs/digits_awp.py --config.agr.enabled=False  (baseline)
+         --config.method=trades --config.awp.gamma=0.005 --config.awp.start_epoch=10 is TRADES-AWP.
+Profiles: paper (default), official, best; docs/profiles.md compares them.
+Cost: about half a minute on two CPU cores.
+Result: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(profile: str = "paper") -> ConfigDict:
+    """The recipe in a profile."""
+    return base.recipe("digits", "awp", profile)

@@ -1,0 +1,18 @@
+"""Standard training, without attack or AGR, on scikit-learn's digits: a smoke test in seconds, never evidence.
+
+1,797 images of 8x8 pixels, epsilon 0.15, no download.
+Source: the paper's recipe with a fifth of its epochs.
+Command: python launch.py --config=configs/digits_standard.py
+Profiles: paper (default), official, best; docs/profiles.md compares them.
+Cost: about half a minute on two CPU cores.
+Result: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(profile: str = "paper") -> ConfigDict:
+    """The recipe in a profile."""
+    return base.recipe("digits", "standard", profile)

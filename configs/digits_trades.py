@@ -1,0 +1,19 @@
+"""TRADES with AGR on scikit-learn's digits: a smoke test in seconds, never evidence.
+
+1,797 images of 8x8 pixels, epsilon 0.15, no download.
+Source: the paper's recipe with a fifth of its epochs; Zhang et al., ICML 2019.
+Command: python launch.py --config=configs/digits_trades.py
+         python launch.py --config=configs/digits_trades.py --config.agr.enabled=False  (baseline)
+Profiles: paper (default), official, best; docs/profiles.md compares them.
+Cost: about half a minute on two CPU cores.
+Result: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(profile: str = "paper") -> ConfigDict:
+    """The recipe in a profile."""
+    return base.recipe("digits", "trades", profile)
