@@ -25,7 +25,8 @@ _MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir")
 def default_folder(config: Config) -> Path:
     """`runs/<name>`, where runs that differ in method, profile, AGR or seed do not collide."""
     parts = [config.name]
-    for variant in (config.method.replace(":", "."), *(["awp"] if config.awp.enabled else [])):
+    method = config.method.partition(":")[0].rpartition(".")[2]
+    for variant in (method, *(["awp"] if config.awp.enabled else [])):
         if variant != "at" and not config.name.endswith(variant):
             parts.append(variant)
     if config.profile != "paper":

@@ -1,10 +1,10 @@
-"""AT with adversarial weight perturbation (AWP) with AGR on CIFAR-100, PreAct-ResNet-18.
+"""AWP (adversarial weight perturbation, on AT) with AGR on CIFAR-100, PreAct-ResNet-18.
 
 Source: the paper's section 5 (200 epochs, PGD-10, epsilon 8/255, step 2/255); the method:
         Wu et al., NeurIPS 2020.
 Command: python launch.py --config=configs/cifar100_awp.py
-         python launch.py --config=configs/cifar100_awp.py --config.agr.enabled=False  (baseline)
-         --config.method=trades --config.awp.gamma=0.005 --config.awp.start_epoch=10 is TRADES-AWP.
+         python launch.py --config=configs/cifar100_awp.py --config.agr.enabled=False
+         (the baseline). For AWP on TRADES: docs/profiles.md.
 Profiles: paper (default), official, best; docs/profiles.md compares them.
 Cost: 32.3 GFLOP an image and step (29 forward passes), 50,000 images, 200 epochs:
       3.2e17 FLOP. Time on an accelerator: not measured (benchmarks/train_step.py).

@@ -1,4 +1,4 @@
-"""Standard training, without attack or AGR, on CIFAR-100, PreAct-ResNet-18.
+"""Standard training on CIFAR-100, PreAct-ResNet-18.
 
 Source: the paper's section 5, recipe of its adversarial training.
 Command: python launch.py --config=configs/cifar100_standard.py

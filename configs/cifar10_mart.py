@@ -3,7 +3,8 @@
 Source: the paper's section 5 (200 epochs, PGD-10, epsilon 8/255, step 2/255); the method:
         Wang et al., ICLR 2020.
 Command: python launch.py --config=configs/cifar10_mart.py
-         python launch.py --config=configs/cifar10_mart.py --config.agr.enabled=False  (baseline)
+         python launch.py --config=configs/cifar10_mart.py --config.agr.enabled=False
+         (the baseline)
 Profiles: paper (default), official, best; docs/profiles.md compares them.
 Cost: 32.3 GFLOP an image and step (29 forward passes), 50,000 images, 200 epochs:
       3.2e17 FLOP. Time on an accelerator: not measured (benchmarks/train_step.py).

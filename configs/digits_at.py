@@ -1,9 +1,10 @@
-"""Adversarial training with AGR on scikit-learn's digits: a smoke test in seconds, never evidence.
+"""Adversarial training with AGR on scikit-learn's digits: a smoke test.
 
-1,797 images of 8x8 pixels, epsilon 0.15, no download.
+1,797 images of 8x8 pixels, epsilon 0.15, no download: never evidence.
 Source: the paper's recipe with a fifth of its epochs; Madry et al., ICLR 2018.
 Command: python launch.py --config=configs/digits_at.py
-         python launch.py --config=configs/digits_at.py --config.agr.enabled=False  (baseline)
+         python launch.py --config=configs/digits_at.py --config.agr.enabled=False
+         (the baseline)
 Profiles: paper (default), official, best; docs/profiles.md compares them.
 Cost: about half a minute on two CPU cores.
 Result: docs/results.md.

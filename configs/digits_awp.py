@@ -1,10 +1,10 @@
-"""AT with adversarial weight perturbation (AWP) with AGR on scikit-learn's digits: a smoke test in seconds, never evidence.
+"""AWP (adversarial weight perturbation, on AT) with AGR on scikit-learn's digits: a smoke test.
 
-1,797 images of 8x8 pixels, epsilon 0.15, no download.
+1,797 images of 8x8 pixels, epsilon 0.15, no download: never evidence.
 Source: the paper's recipe with a fifth of its epochs; Wu et al., NeurIPS 2020.
 Command: python launch.py --config=configs/digits_awp.py
-         python launch.py --config=configs/digits_awp.py --config.agr.enabled=False  (baseline)
-         --config.method=trades --config.awp.gamma=0.005 --config.awp.start_epoch=10 is TRADES-AWP.
+         python launch.py --config=configs/digits_awp.py --config.agr.enabled=False
+         (the baseline). For AWP on TRADES: docs/profiles.md.
 Profiles: paper (default), official, best; docs/profiles.md compares them.
 Cost: about half a minute on two CPU cores.
 Result: docs/results.md.

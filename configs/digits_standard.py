@@ -1,6 +1,6 @@
-"""Standard training, without attack or AGR, on scikit-learn's digits: a smoke test in seconds, never evidence.
+"""Standard training on scikit-learn's digits: a smoke test.
 
-1,797 images of 8x8 pixels, epsilon 0.15, no download.
+1,797 images of 8x8 pixels, epsilon 0.15, no download: never evidence.
 Source: the paper's recipe with a fifth of its epochs.
 Command: python launch.py --config=configs/digits_standard.py
 Profiles: paper (default), official, best; docs/profiles.md compares them.

@@ -3,7 +3,8 @@
 Source: the paper's section 5 (200 epochs, PGD-10, epsilon 8/255, step 2/255); the method:
         Lee et al., CVPR 2020.
 Command: python launch.py --config=configs/tinyimagenet_avmixup.py
-         python launch.py --config=configs/tinyimagenet_avmixup.py --config.agr.enabled=False  (baseline)
+         python launch.py --config=configs/tinyimagenet_avmixup.py --config.agr.enabled=False
+         (the baseline)
 Profiles: paper (default), official, best; docs/profiles.md compares them.
 Cost: 29 GFLOP an image and step (26 forward passes), 100,000 images, 200 epochs:
       5.8e17 FLOP. Time on an accelerator: not measured (benchmarks/train_step.py).

@@ -1,4 +1,4 @@
-"""Standard training, without attack or AGR, on Tiny ImageNet, PreAct-ResNet-18.
+"""Standard training on Tiny ImageNet, PreAct-ResNet-18.
 
 Source: the paper's section 5, recipe of its adversarial training.
 Command: python launch.py --config=configs/tinyimagenet_standard.py

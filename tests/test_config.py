@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agr_jax import config as config_module
-from agr_jax import mesh, train
+from agr_jax import mesh, optim, train
 from agr_jax.config import check_field_name, differences, from_config_dict, to_dict
 from agr_jax.data import Dataset, Split
 from agr_jax.errors import ConfigError
@@ -43,39 +43,65 @@ def stand_in(config: config_module.Config) -> Dataset:
     return Dataset(config.data.name, names, split, split, None, "nowhere", True)
 
 
-def test_the_configs_of_the_readme_are_there():
-    assert {"digits_at", "cifar10_at", "cifar100_at", "tinyimagenet_at"} <= set(FILES)
+def test_every_data_set_has_every_method():
+    data_sets = ("cifar10", "cifar100", "tinyimagenet", "digits")
+    methods = ("at", "trades", "mart", "awp", "avmixup", "standard")
+    assert set(FILES) == {f"{data}_{method}" for data in data_sets for method in methods}
+
+
+def trace_step(config: config_module.Config, *, clean_gradient: bool) -> dict:
+    """Shapes of the metrics of a whole step, whose state must come out as it went in."""
+    dataset = stand_in(config)
+    trainer = train.create_trainer(config, dataset, mesh.data_mesh(jax.devices()[:1]))
+    state = jax.eval_shape(lambda: trainer.init(jax.random.key(0), dataset.image_shape))
+    rows = len(dataset.train.labels)
+    next_state, metrics = jax.eval_shape(
+        lambda s: trainer.step(
+            s,
+            jnp.zeros([rows, *dataset.image_shape], jnp.uint8),
+            jnp.zeros([rows], jnp.int32),
+            jnp.arange(rows),
+            jax.random.key(0),
+            clean_gradient=clean_gradient,
+            batch_size=config.batch_size,
+        ),
+        state,
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), next_state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["adversarial_loss"].shape == ()
+    if clean_gradient:
+        assert metrics["leaf_cosine"].shape == (len(jax.tree.leaves(state.params)),)
+    return metrics
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_is_valid_and_its_step_traces(name, profile):
-    values = load(name, profile).lock()
-    config = from_config_dict(values)
+    config = from_config_dict(load(name, profile).lock())
     assert config.profile == profile
     assert config.name == name
-    dataset = stand_in(config)
-    trainer = train.create_trainer(config, dataset, mesh.data_mesh(jax.devices()[:1]))
-    state = jax.eval_shape(lambda: trainer.init(jax.random.key(0), dataset.image_shape))
-    rows = len(dataset.train.labels)
-    for clean_gradient in (False, True):
-        next_state, metrics = jax.eval_shape(
-            lambda s, clean_gradient=clean_gradient: trainer.step(
-                s,
-                jnp.zeros([rows, *dataset.image_shape], jnp.uint8),
-                jnp.zeros([rows], jnp.int32),
-                jnp.arange(rows),
-                jax.random.key(0),
-                clean_gradient=clean_gradient,
-                batch_size=config.batch_size,
-            ),
-            state,
-        )
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), next_state) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), state
-        )
-        assert metrics["adversarial_loss"].shape == ()
-        assert ("cosine" in metrics) == clean_gradient
+    # What an epoch needs that comes late in the run: the most that this config does.
+    late = config.epochs - 1
+    clean_gradient = optim.uses_clean_gradient(config.agr, late)
+    assert clean_gradient == config.agr.enabled
+    metrics = trace_step(config, clean_gradient=clean_gradient)
+    assert ("cosine" in metrics) == clean_gradient
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("cifar10_")])
+def test_the_other_network_and_the_baseline_trace_too(name):
+    values = load(name)
+    values.model.name = "wrn10_2"
+    assert "cosine" not in trace_step(from_config_dict(values), clean_gradient=False)
+
+
+def test_the_papers_larger_network_traces():
+    values = load("cifar10_awp")
+    values.model.name = "wrn34_10"
+    metrics = trace_step(from_config_dict(values), clean_gradient=True)
+    assert metrics["leaf_cosine"].shape == (98,)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -83,7 +109,7 @@ def test_docstring_says_source_command_cost_and_result(name):
     text = importlib.import_module(f"configs.{name}").__doc__
     assert f"--config=configs/{name}.py" in text
     assert "Cost" in text
-    assert "esult" in text
+    assert "Result" in text
 
 
 def test_profiles_are_the_papers_and_the_published_codes():
@@ -119,6 +145,10 @@ def test_round_trip_through_json():
         ("attack.norm", "l3", r"config\.attack\.norm: must be one of linf, l2, l1, got 'l3'"),
         ("model.std", (0.2, 0.0), r"config\.model\.std\[1\]: must be above 0"),
         ("optimizer.milestones", 3, r"config\.optimizer\.milestones: must be a tuple"),
+        ("method", "trads", r"config\.method: must be one of at, trades.*did you mean 'trades'"),
+        ("method", "no function:", r"config\.method: must be one of .* MODULE:FUNCTION"),
+        ("averaging.decay", 1.0, r"config\.averaging\.decay: must be at least 0 and at most"),
+        ("awp.clean_gradient_at", "w", r"config\.awp\.clean_gradient_at: must be one of unpert"),
         ("data", 3, r"config\.data: must be a group of fields"),
     ],
 )

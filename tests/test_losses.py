@@ -21,6 +21,21 @@ VALUE = {
     "dlrt": {"rtol": 5e-6},
 }
 GRADIENT = {"ce": 1e-6, "margin": 0, "dlr": 1e-6, "dlrt": 1e-5}  # of the largest entry
+# Means over the batch. MART's 1.0001 - q is summed here, not subtracted (which costs up to 6e-4 of
+# that term), so its own allowances, 2e-5 for `mart_bce`, 1e-5 for `mart` and 1.5e-4 or 1.5e-3 for
+# `mart_grad_adv`, are not needed: the worst errors are 1.1e-7, 1.1e-7 and 4.6e-7.
+MEAN_VALUE = {
+    "trades": {"rtol": 3e-6, "atol": 1e-8},
+    "mart_bce": {"rtol": 1e-6},
+    "mart_kl": {"rtol": 3e-6, "atol": 1e-8},
+    "mart": {"rtol": 3e-6},
+}
+MEAN_GRADIENT = {  # of the largest entry, and an absolute slack in the cases of large logits
+    "trades_grad_clean": (5e-6, 4e-5),
+    "trades_grad_adv": (5e-6, 0),
+    "mart_grad_clean": (5e-6, 1.2e-5),
+    "mart_grad_adv": (2e-6, 0),
+}
 LOSSES = {
     "ce": losses.cross_entropy,
     "margin": losses.margin,
@@ -55,9 +70,17 @@ def computed(z):
         def trades(c, a):
             return losses.cross_entropy(c, labels).mean() + 6 * kl(c, a)
 
+        def mart_kl(c, a):
+            return 6 * losses.weighted_kl_divergence(c, a, labels).mean()
+
+        def mart(c, a):
+            return losses.boosted_cross_entropy(a, labels).mean() + mart_kl(c, a)
+
         found["kl"] = losses.kl_divergence(clean, adversarial)
-        for name, loss in (("kl", kl), ("trades", trades)):
-            gradients = jax.grad(loss, (0, 1))(clean, adversarial)
+        found["mart_bce"] = losses.boosted_cross_entropy(adversarial, labels).mean()
+        found["mart_kl"] = mart_kl(clean, adversarial)
+        for name, loss in (("kl_mean", kl), ("trades", trades), ("mart", mart)):
+            found[name], gradients = jax.value_and_grad(loss, (0, 1))(clean, adversarial)
             found[f"{name}_grad_clean"], found[f"{name}_grad_adv"] = gradients
         return found
 
@@ -112,18 +135,62 @@ def test_kl_divergence(z, computed, case):
     found = computed(case)
     assert found["kl"].shape == z[f"{case}_y"].shape
     np.testing.assert_allclose(found["kl"].mean(), best(z, f"{case}_kl"), rtol=3e-6, atol=1e-8)
-    assert np.isfinite(found["kl_grad_clean"]).all()
-    assert np.isfinite(found["kl_grad_adv"]).all()
+    assert np.isfinite(found["kl_mean_grad_clean"]).all()
+    assert np.isfinite(found["kl_mean_grad_adv"]).all()
 
 
+@pytest.mark.parametrize("name", MEAN_VALUE)
+@pytest.mark.parametrize("case", CASES)
+def test_trades_and_mart(z, computed, case, name):
+    got = computed(case)[name]
+    assert got.dtype == jnp.float32
+    assert np.isfinite(got)
+    np.testing.assert_allclose(got, best(z, f"{case}_{name}"), **MEAN_VALUE[name])
+
+
+@pytest.mark.parametrize("name", MEAN_GRADIENT)
 @pytest.mark.parametrize("case", WITHOUT_TIES)
-def test_the_gradient_of_trades_flows_through_both_arguments(z, computed, case):
-    for part in ("clean", "adv"):
-        expected = best(z, f"{case}_trades_grad_{part}")
-        slack = 4e-5 if part == "clean" and case.startswith("large") else 0
-        atol = 5e-6 * np.abs(expected).max() + slack
-        got = computed(case)[f"trades_grad_{part}"]
-        np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+def test_the_gradients_of_trades_and_mart_flow_through_both_arguments(z, computed, case, name):
+    expected, got = best(z, f"{case}_{name}"), computed(case)[name]
+    share, slack = MEAN_GRADIENT[name]
+    atol = share * np.abs(expected).max() + (slack if case.startswith("large") else 0)
+    assert got.dtype == jnp.float32
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("case", "rows"), [("large30", 3), ("large200", 12), ("large10000", 12)])
+def test_gradients_are_finite_where_those_of_the_reference_are_nan(z, computed, case, rows):
+    # Where a clean probability underflows to 0, PyTorch's gradient through the KL target is NaN.
+    for name in ("trades_grad_clean", "mart_grad_clean"):
+        of_reference = np.isnan(z[f"{case}_{name}"]).all(axis=-1)
+        assert of_reference.sum() == np.isnan(z[f"{case}_{name}"]).any(axis=-1).sum() == rows
+        assert np.isfinite(np.asarray(computed(case)[name])[of_reference]).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("case", CASES)
+def test_soft_cross_entropy_of_smoothed_one_hot_targets_is_cross_entropy(z, case, smoothing):
+    logits, labels = (jnp.asarray(z[f"{case}_{part}"]) for part in ("logits_adv", "y"))
+    classes = logits.shape[-1]
+    one_hot = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    targets = (1 - smoothing) * one_hot + smoothing / classes
+
+    def hard(a):
+        return losses.cross_entropy(a, labels, label_smoothing=smoothing)
+
+    def soft(a):
+        return losses.soft_cross_entropy(a, targets)
+
+    @jax.jit
+    def values_and_gradients(a):
+        return [(loss(a), jax.grad(lambda a, f=loss: f(a).sum())(a)) for loss in (hard, soft)]
+
+    (value, gradient), (soft_value, soft_gradient) = values_and_gradients(logits)
+    assert soft_value.shape == labels.shape
+    # Without smoothing the other terms are 0.
+    np.testing.assert_allclose(soft_value, value, rtol=2e-6 if smoothing else 0)
+    np.testing.assert_allclose(soft_gradient, gradient, rtol=0, atol=1e-6)
 
 
 def test_label_smoothing():

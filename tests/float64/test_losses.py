@@ -77,3 +77,28 @@ def test_kl_divergence_and_trades(z):
         if case != "ties":
             check(gradients[0], z, f"{case}_trades_grad_clean")
             check(gradients[1], z, f"{case}_trades_grad_adv")
+
+
+def test_mart(z):
+    @jax.jit
+    def values_and_gradients(clean, adversarial, labels):
+        def mart(c, a):
+            boosted = losses.boosted_cross_entropy(a, labels).mean()
+            divergence = 6 * losses.weighted_kl_divergence(c, a, labels).mean()
+            return boosted + divergence, (boosted, divergence)
+
+        return jax.value_and_grad(mart, (0, 1), has_aux=True)(clean, adversarial)
+
+    for case in cases(z):
+        clean, adversarial = (
+            jnp.asarray(z[f"{case}_logits_{part}"], jnp.float64) for part in ("clean", "adv")
+        )
+        (mart, parts), gradients = values_and_gradients(
+            clean, adversarial, jnp.asarray(z[f"{case}_y"])
+        )
+        check(mart, z, f"{case}_mart")
+        check(parts[0], z, f"{case}_mart_bce")
+        check(parts[1], z, f"{case}_mart_kl")
+        if case != "ties":
+            check(gradients[0], z, f"{case}_mart_grad_clean")
+            check(gradients[1], z, f"{case}_mart_grad_adv")
