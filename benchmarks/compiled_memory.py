@@ -10,6 +10,7 @@ measurement of a run. PreAct-ResNet-18, PGD-10, 32x32 images.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -19,12 +20,11 @@ import optax
 from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from agr_jax import agr_transform, mesh, models
-from agr_jax.attacks import PGD
+from agr_jax import agr_transform, mesh, methods, models
+from agr_jax.config import from_config_dict
 from agr_jax.data import Augmentation
-from agr_jax.methods import AdversarialTraining
-from agr_jax.threat import Linf
 from agr_jax.train_step import Trainer
+from configs import base
 
 
 def planned_megabytes(trainer: Trainer, *, clean_gradient: bool) -> float:
@@ -59,21 +59,24 @@ def planned_megabytes(trainer: Trainer, *, clean_gradient: bool) -> float:
 
 
 def main() -> None:
-    """Prints AT's and AGR's planned memory for float32 and bfloat16."""
+    """Prints each method's planned memory, without and with AGR."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--methods", nargs="+", default=["at", "trades", "mart", "awp", "avmixup"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=options.target.read_text(), topology="1x1x1"
     )
     print(f"{options.target.name}, batch {options.batch}, PreAct-ResNet-18, PGD-10")
-    print("| precision | AT, MB | AGR, MB |")
-    print("|---|---|---|")
-    for dtype in (jnp.float32, jnp.bfloat16):
+    print("| method | precision | without AGR, MB | with AGR, MB |")
+    print("|---|---|---|---|")
+    for name, dtype in itertools.product(options.methods, options.dtypes):
+        config = from_config_dict(base.recipe("cifar10", name, "paper"))
         trainer = Trainer(
-            model=models.create("preactresnet18", 10, conv="plain", dtype=dtype),
-            method=AdversarialTraining(PGD(Linf(8 / 255), steps=10, step_size=2 / 255)),
+            model=models.create("preactresnet18", 10, conv="plain", dtype=jnp.dtype(dtype)),
+            method=methods.from_config(config),
             optimizer=optax.chain(agr_transform(), optax.sgd(0.1, momentum=0.9)),
             augmentation=Augmentation(),
             batch_size=options.batch,
@@ -82,7 +85,7 @@ def main() -> None:
             on=mesh.data_mesh(topology.devices),
         )
         planned = [planned_megabytes(trainer, clean_gradient=clean) for clean in (False, True)]
-        print(f"| {jnp.dtype(dtype).name} | {planned[0]:.0f} | {planned[1]:.0f} |")
+        print(f"| {name} | {dtype} | {planned[0]:.0f} | {planned[1]:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py                                  # JAX only
     python benchmarks/train_step.py --torch-python=OTHER/bin/python  # an environment with PyTorch
+    python benchmarks/train_step.py --methods at trades mart awp avmixup --conv canonical
 
 One step: PGD-10 in evaluation mode, clean and adversarial forward and backward in training mode,
 AGR on all leaves (clipped), SGD with momentum and weight decay; PreAct-ResNet-18, float32, random
-images of 32x32. The contenders take turns, each in a process of its own; compilation and the first
-step are not counted. CPU seconds (user and system, over all cores) are what a busy machine
-disturbs least.
+images of 32x32. `--methods` takes the steps of other methods, each without and with AGR. The
+contenders take turns, each in a process of its own; compilation and the first step are not counted.
+CPU seconds (user and system, over all cores) are what a busy machine disturbs least.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
-def measure_jax(conv: str, batch: int, width: int, steps: int) -> dict[str, float]:
-    """Times `Trainer.update` and the attack, as training runs them."""
+def measure_jax(
+    conv: str, method: str, *, agr: bool, batch: int, width: int, steps: int
+) -> dict[str, float]:
+    """Times `Trainer.step`, attack included, as training runs it."""
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
     import optax
 
-    from agr_jax import agr_transform, mesh, models
-    from agr_jax.attacks import PGD
+    from agr_jax import agr_transform, mesh, methods, models
+    from agr_jax.config import from_config_dict
     from agr_jax.data import Augmentation
-    from agr_jax.methods import AdversarialTraining
-    from agr_jax.threat import Linf
     from agr_jax.train_step import Trainer
+    from configs import base
 
     on = mesh.data_mesh()
     trainer = Trainer(
         model=models.create("preactresnet18", 10, width=width, conv=conv),
-        method=AdversarialTraining(PGD(Linf(8 / 255), steps=10, step_size=2 / 255)),
+        method=methods.from_config(from_config_dict(base.recipe("cifar10", method, "paper"))),
         optimizer=optax.chain(
             agr_transform(), optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9)
         ),
@@ -57,7 +59,7 @@ def measure_jax(conv: str, batch: int, width: int, steps: int) -> dict[str, floa
     data = jax.device_put((images, jnp.arange(batch) % 10, jnp.arange(batch)), everywhere)
     step = jax.jit(
         lambda state: trainer.step(
-            state, *data, jax.random.key(2), clean_gradient=True, batch_size=batch
+            state, *data, jax.random.key(2), clean_gradient=agr, batch_size=batch
         ),
         donate_argnums=0,
         out_shardings=everywhere,
@@ -88,17 +90,30 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--torch-python", default="", help="Python that can import torch")
     parser.add_argument("--conv", nargs="+", default=["canonical", "plain"], help="of JAX")
-    parser.add_argument("--only", default="", help="measure one contender and print JSON")
+    parser.add_argument("--methods", nargs="+", default=[], help="each without and with AGR")
+    parser.add_argument("--only", nargs=3, help="measure CONV METHOD AGR and print JSON")
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(measure_jax(options.only, options.batch, options.width, options.steps)))
+        conv, method, agr = options.only
+        sizes = {"batch": options.batch, "width": options.width, "steps": options.steps}
+        print(json.dumps(measure_jax(conv, method, agr=agr == "agr", **sizes)))
         return
 
     sizes = [f"--batch={options.batch}", f"--width={options.width}", f"--steps={options.steps}"]
     itself = str(Path(__file__).resolve())
+    steps = [(method, agr) for method in options.methods for agr in ("plain", "agr")]
     contenders = {
-        f"JAX, {conv} convolution": (sys.executable, itself, f"--only={conv}", *sizes)
+        f"JAX, {conv} convolution, {method}{' with AGR' if agr == 'agr' else ''}": (
+            sys.executable,
+            itself,
+            *sizes,
+            "--only",
+            conv,
+            method,
+            agr,
+        )
         for conv in options.conv
+        for method, agr in steps or [("at", "agr")]
     }
     if options.torch_python:
         torch_step = str(HERE / "torch_train_step.py")
