@@ -163,9 +163,9 @@ class Trainer:
     ) -> tuple[GradientPair, GradientPair, PyTree, dict[str, jax.Array]]:
         """Takes the gradients at the parameters that the method chooses.
 
-        The clean backward pass ends before the adversarial pass begins, so that accelerators keep
-        one set of activations at a time (`benchmarks/compiled_memory.py`). XLA's CPU compiler drops
-        the barrier and keeps both.
+        Each backward pass ends before the next pass begins, so that accelerators keep the
+        activations of one at a time (`benchmarks/compiled_memory.py`). XLA's CPU compiler drops the
+        barriers and keeps both.
 
         Returns:
             The gradients (the clean one `None` unless asked for), the parameters at which they were
@@ -179,6 +179,7 @@ class Trainer:
         metrics: dict[str, jax.Array] = {}
         clean_grads = None
         if clean_gradient:
+            points, batch = jax.lax.optimization_barrier((points, batch))
             value_and_grad = jax.value_and_grad(self.method.clean_loss, 1, has_aux=True)
             (loss, outcome), clean_grads = value_and_grad(
                 self.forward, points.clean, batch_stats, batch
