@@ -121,7 +121,8 @@ def _write(folder: Path, measured: LeafDiagnostics) -> None:
 
 def _read(path: Path) -> LeafDiagnostics:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file that it opened itself open where it turns out to be damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = tuple(str(name) for name in file["names"])
             return LeafDiagnostics(names, file["steps"], *(file[name] for name in _MEASURED))
     except Exception as error:  # numpy and zipfile raise several kinds on damaged files
