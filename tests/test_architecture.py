@@ -23,6 +23,7 @@ ORDER = [
     "diagnostics",
     "checkpoints",
     "models",
+    "interop",
     "attacks",
     "methods",
     "data",

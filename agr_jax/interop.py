@@ -1,0 +1,519 @@
+"""Weights in and out of PyTorch: files whose tensors have PyTorch's names and layouts.
+
+`load_torch_weights` makes a classifier to attack from a network that PyTorch trained, and
+`save_torch_weights` writes one that PyTorch's `load_state_dict(strict=True)` takes. A file ends in
+`.safetensors` (with the extra `torch`) or `.npz`. Pickled files (`.pt`, `.pth`) are never read.
+
+Names are those of the published networks: the PreAct-ResNet-18 of the AGR code and of RobustBench
+(there with `bn_before_fc=True, out_shortcut=True`), and TRADES' and RobustBench's WideResNet.
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from agr_jax import interop, models
+    >>> model = models.create("wrn10_1", num_classes=10, width=4, mean=(0.5,), std=(0.25,))
+    >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
+    >>> interop.save_torch_weights("weights.npz", model, variables)
+    >>> classifier = interop.load_torch_weights("weights.npz")
+    >>> jax.jit(classifier)(jnp.zeros([2, 8, 8, 3])).shape, classifier.model.mean
+    ((2, 10), (0.5,))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agr_jax import models
+from agr_jax.errors import CheckpointError
+from agr_jax.metrics import write_atomically
+from agr_jax.models.convolution import Implementation
+
+FORMAT_VERSION = 1
+"""Version of the metadata in a file, raised when an older library could no longer read it."""
+
+_LAYOUTS = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours to PyTorch's, by the number of axes
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_COUNTER = "num_batches_tracked"
+_UNUSED = "sub_block1."  # TRADES' WideResNet has this stage, and no forward pass goes through it
+_SAFETENSORS_KEY, _NPZ_KEY = "agr_jax", "__metadata__"
+_SAFETENSORS_FLOATS = ("F16", "F32", "F64")  # those that NumPy has too
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
+_NAMES_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """What a file's tensors do not say, and what they must agree with."""
+
+    name: str
+    width: int
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_torch_weights(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    conv: Implementation | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+) -> models.Classifier:
+    """Makes a classifier from a file of PyTorch-named weights.
+
+    The architecture is read from the names and shapes of the tensors: PreAct-ResNet-18 or a
+    WideResNet, its depth, widen factor, width, number of classes and of input channels. A prefix
+    that all names share is taken off (`module.` of `DataParallel`, `model.`, the `1.` of a
+    `Sequential` of normalisation and network). `num_batches_tracked` is ignored, and so is
+    `sub_block1`, a stage of TRADES' WideResNet that no image goes through. The last layer of a
+    WideResNet may be called `linear` (the AGR code) instead of `fc`.
+
+    Two networks with the same names and shapes cannot be told apart. RobustBench's PreActResNet
+    with `out_shortcut=False` is one: it needs another forward pass than this library's.
+
+    Args:
+        path: a `.safetensors` or `.npz` file. Convolutions `[out, in, k, k]`, linear layers
+            `[out, in]`, statistics `running_mean` and `running_var`, in float16, float32 or
+            float64.
+        name: `"preactresnet18"` or `"wrn<depth>_<widen factor>"`, for files that must hold this
+            network and no other.
+        mean: input mean per channel (or one for all), for images in [0, 1], subtracted inside the
+            network. Required where the file does not say it, as files that PyTorch wrote; where
+            it does, the two must be equal.
+        std: input standard deviation, as `mean`.
+        conv: see `models.create`.
+        dtype: dtype of the computation.
+        param_dtype: dtype that the tensors are converted to.
+
+    Returns:
+        A function from images `[batch, height, width, channels]` in [0, 1] to logits
+        `[batch, classes]`; its `model` and `variables` can be trained further.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, pickled or of an unknown kind; if tensors
+            are missing, unexpected, of wrong shapes, not finite or not floating point; if they
+            are not those of `name`; or if the normalisation is unknown, contradictory or not one
+            for these channels.
+
+    Example:
+        >>> classifier = load_torch_weights("wrn34_10.safetensors", mean=(0,), std=(1,))
+        ...                                                                 # doctest: +SKIP
+        >>> pgd(Linf(8 / 255), steps=20)(classifier, images, labels, key)   # doctest: +SKIP
+    """
+    path = Path(path)
+    found, about = _read(path)
+    found, prefix = _with_plain_names(found)
+    shapes = {tensor: value.shape for tensor, value in found.items()}
+    note = f" (names without their prefix {prefix!r})" if prefix else ""
+
+    inferred, width, num_classes, channels = _architecture(path, shapes, note)
+    if name not in (None, inferred):
+        raise CheckpointError(f"{path} holds the tensors of {inferred!r}, not of {name!r}{note}")
+    if about is not None:
+        said, read = (about.name, about.width, about.num_classes), (inferred, width, num_classes)
+        if said != read:
+            raise CheckpointError(
+                f"{path}: its metadata say {_describe(*said)}, its tensors {_describe(*read)}"
+            )
+    model = models.create(
+        inferred, num_classes, width=width, conv=conv, dtype=dtype, param_dtype=param_dtype
+    )
+    tree = _abstract_variables(model, channels)
+    _check_shapes(
+        f"{path} does not hold a {_describe(inferred, width, num_classes)}{note}",
+        shapes,
+        _torch_shapes(_by_torch_name(tree)),
+    )
+    with np.errstate(over="ignore"):  # infinities are reported by name
+        found = {tensor: value.astype(param_dtype, copy=False) for tensor, value in found.items()}
+    _check_finite(path, found)
+    mean, std = _normalisation(path, about, mean, std, channels)
+
+    def ours(leaf_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = found[_torch_name(leaf_path)]
+        return jnp.asarray(np.ascontiguousarray(value.transpose(np.argsort(_layout(leaf)))))
+
+    model = model.clone(mean=mean, std=std)
+    return models.Classifier(model, jax.tree.map_with_path(ours, tree))
+
+
+def save_torch_weights(
+    path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any]
+) -> None:
+    """Writes variables as PyTorch-named weights, with the input normalisation in the metadata.
+
+    PyTorch reads the `.safetensors` file with `safetensors.torch.load_file` and takes it with
+    `load_state_dict(strict=True)`. Its network does not see the metadata: normalise the images by
+    the `mean` and `std` of `model` there. The last layer of a WideResNet is called `fc` (the AGR
+    code calls it `linear`). The file is written beside its place first, so that none is ever half
+    there.
+
+    Args:
+        path: where to; the suffix, `.safetensors` or `.npz`, decides the format.
+        model: PreAct-ResNet-18 or a WideResNet, of any width and any number of classes.
+        variables: `{"params": ..., "batch_stats": ...}` of this model. float64 stays float64;
+            every other dtype is written as float32.
+
+    Raises:
+        CheckpointError: if the suffix is unknown or `safetensors` is not installed; if the model
+            has no PyTorch names or the variables are not its own; if values are not finite; or if
+            the file cannot be written.
+
+    Example:
+        >>> save_torch_weights("weights.safetensors", model, variables)     # doctest: +SKIP
+    """
+    path = Path(path)
+    suffix = _suffix(path, writing=True)
+    safetensors = _safetensors(path) if suffix == ".safetensors" else None
+    name = _name(model)
+    if set(variables) != {"params", "batch_stats"}:
+        raise CheckpointError(
+            f"{path}: variables must be {{'params': ..., 'batch_stats': ...}}, "
+            f"got {_some(variables)}"
+        )
+    leaves = _by_torch_name(dict(variables))
+    kernel = np.shape(leaves.get("conv1.weight", ()))
+    channels = kernel[2] if len(kernel) == 4 else 3
+    mean, std = _normalisation(path, None, model.mean, model.std, channels)
+    tree = _abstract_variables(model, channels)
+    _check_shapes(
+        f"{path}: the variables are not those of this {name!r}",
+        _torch_shapes(leaves),
+        _torch_shapes(_by_torch_name(tree)),
+    )
+    tensors = {tensor: _to_torch(leaf) for tensor, leaf in leaves.items()}
+    _check_finite(path, tensors)
+    for tensor in [tensor for tensor in tensors if tensor.endswith("running_mean")]:
+        tensors[tensor.replace("running_mean", _COUNTER)] = np.zeros((), np.int64)
+    about = _About(name, model.width, model.num_classes, mean, std)
+    metadata = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(about)})
+    if safetensors is not None:
+        content = safetensors.save(tensors, metadata={_SAFETENSORS_KEY: metadata})
+    else:
+        buffer = io.BytesIO()
+        np.savez(buffer, **{_NPZ_KEY: np.frombuffer(metadata.encode(), np.uint8), **tensors})  # type: ignore[arg-type]
+        content = buffer.getvalue()
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+# ---- names, layouts and architectures
+
+
+def _torch_name(leaf_path: Any) -> str:
+    """PyTorch's name of a leaf, given its path in the variables."""
+    _, *modules, leaf = jax.tree_util.keystr(leaf_path, simple=True, separator="/").split("/")
+    name = ".".join(modules)
+    if block := re.fullmatch(r"layer(\d+)_(\d+)\.(\w+)", name):
+        part = "shortcut.0" if block[3] == "shortcut" else block[3]
+        name = f"layer{block[1]}.{block[2]}.{part}"
+    elif block := re.fullmatch(r"block(\d+)_(\d+)\.(\w+)", name):
+        part = "convShortcut" if block[3] == "shortcut" else block[3]
+        name = f"block{block[1]}.layer.{block[2]}.{part}"
+    return f"{name}.{_LEAVES.get(leaf, leaf)}"
+
+
+def _by_torch_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of variables by PyTorch's names."""
+    return {_torch_name(leaf_path): leaf for leaf_path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _layout(leaf: Any) -> tuple[int, ...]:
+    """Our axes in PyTorch's order."""
+    return _LAYOUTS.get(len(np.shape(leaf)), tuple(range(len(np.shape(leaf)))))
+
+
+def _torch_shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        tensor: tuple(np.shape(leaf)[axis] for axis in _layout(leaf))
+        for tensor, leaf in leaves.items()
+    }
+
+
+def _to_torch(leaf: Any) -> np.ndarray:
+    """A leaf in PyTorch's layout; safetensors 0.8 writes other numbers for strided arrays."""
+    value = np.asarray(leaf)
+    value = value.astype(np.float64 if value.dtype == np.float64 else np.float32, copy=False)
+    return np.ascontiguousarray(value.transpose(_layout(value)))
+
+
+def _abstract_variables(model: nn.Module, channels: int) -> Any:
+    """Shapes and dtypes of a model's variables; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def _name(model: nn.Module) -> str:
+    if isinstance(model, models.PreActResNet) and tuple(model.blocks) == (2, 2, 2, 2):
+        return "preactresnet18"
+    if isinstance(model, models.WideResNet):
+        return f"wrn{model.depth}_{model.widen_factor}"
+    raise CheckpointError(
+        f"PyTorch's names are known for PreActResNet with blocks (2, 2, 2, 2) and WideResNet, "
+        f"not for {model.__class__.__name__} with blocks {getattr(model, 'blocks', None)}"
+    )
+
+
+def _architecture(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], note: str
+) -> tuple[str, int, int, int]:
+    """Name, width, number of classes and input channels, from the names and shapes."""
+
+    def shape_of(tensor: str, axes: str) -> tuple[int, ...]:
+        if tensor not in shapes:
+            raise CheckpointError(
+                f"{path}: missing tensor {tensor!r}{note}; it holds {_some(shapes)}"
+            )
+        shape = shapes[tensor]
+        if len(shape) != axes.count(",") + 1 or 0 in shape:
+            raise CheckpointError(f"{path}: {tensor!r} has shape {shape}, expected ({axes}){note}")
+        return shape
+
+    if any(tensor.startswith("layer1.") for tensor in shapes):
+        name, last = "preactresnet18", "linear"
+        width, channels = shape_of("conv1.weight", "width, channels, 3, 3")[:2]
+    elif any(tensor.startswith("block1.layer.") for tensor in shapes):
+        width, channels = shape_of("conv1.weight", "width, channels, 3, 3")[:2]
+        first = "block1.layer.0.conv1.weight"
+        widened = shape_of(first, "width * widen factor, width, 3, 3")[0]
+        if widened % width:
+            raise CheckpointError(
+                f"{path}: {first!r} has {widened} outputs, expected a multiple of the width of "
+                f"'conv1.weight', {width}{note}"
+            )
+        matches = (re.match(r"block\d\.layer\.(\d+)\.", tensor) for tensor in shapes)
+        blocks = len({match[1] for match in matches if match})
+        name = f"wrn{6 * blocks + 4}_{widened // width}"
+        last = "fc"
+    else:
+        raise CheckpointError(
+            f"{path}: neither a PreAct-ResNet-18 ('layer1.0.conv1.weight', ...) nor a WideResNet "
+            f"('block1.layer.0.conv1.weight', ...){note}; it holds {_some(shapes)}"
+        )
+    return name, width, shape_of(f"{last}.weight", "classes, features")[0], channels
+
+
+def _with_plain_names(found: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
+    """Takes off what all names start with, leaves `_UNUSED` out, and calls a WRN's last layer fc.
+
+    Returns:
+        The tensors, and the prefix that they had; no network here has one of its own.
+    """
+    prefix = ""
+    while found and all("." in tensor for tensor in found):
+        first, *others = {tensor.partition(".")[0] + "." for tensor in found}
+        if others:
+            break
+        prefix += first
+        found = {tensor.removeprefix(first): value for tensor, value in found.items()}
+    found = {tensor: value for tensor, value in found.items() if not tensor.startswith(_UNUSED)}
+    if "block1.layer.0.conv1.weight" in found and "fc.weight" not in found:
+        found = {re.sub(r"^linear\.", "fc.", tensor): value for tensor, value in found.items()}
+    return found, prefix
+
+
+def _normalisation(
+    path: Path,
+    about: _About | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    channels: int,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std, from the file or from the caller, checked."""
+    agreed = []
+    for name, given in (("mean", mean), ("std", std)):
+        values = None if given is None else tuple(float(value) for value in given)
+        said = None if about is None else getattr(about, name)
+        if said is None and values is None:
+            raise CheckpointError(
+                f"{path}: normalisation does not travel in this file; pass mean= and std=, e.g. "
+                f"{(0,) * channels}, {(1,) * channels} if the network normalises nothing"
+            )
+        if said and values and _for_each(values, channels) != _for_each(said, channels):
+            raise CheckpointError(
+                f"{path}: {name}={values} was passed, the file says {said}; leave {name}= out"
+            )
+        values = values if said is None else said
+        assert values is not None
+        fine = len(values) in (1, channels) and all(map(math.isfinite, values))
+        if not fine or (name == "std" and min(values) <= 0):
+            positive = "positive and " if name == "std" else ""
+            raise CheckpointError(
+                f"{path}: {name} must be 1 or {channels} numbers, {positive}finite, got {values}"
+            )
+        agreed.append(values)
+    return agreed[0], agreed[1]
+
+
+def _for_each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return values * channels if len(values) == 1 else values
+
+
+# ---- checks and messages
+
+
+def _check_shapes(
+    what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares names and shapes; one error says all that is wrong."""
+    wrong = [
+        f"{tensor!r} has shape {found[tensor]}, expected {shape}"
+        for tensor, shape in expected.items()
+        if tensor in found and found[tensor] != shape
+    ]
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"missing tensors: {_some(missing)}")
+    if unexpected := found.keys() - expected.keys():
+        problems.append(f"unexpected tensors: {_some(unexpected)}")
+    if wrong:
+        more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
+        problems.append(", ".join(wrong[:_NAMES_SHOWN]) + more)
+    if problems:
+        raise CheckpointError(f"{what}: {'; '.join(problems)}")
+
+
+def _check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    bad = [tensor for tensor, value in tensors.items() if not np.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{path}: values that are NaN or infinite in {_some(bad)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, quoted, and how many more there are."""
+    names = sorted(names)
+    shown = ", ".join(map(repr, names[:_NAMES_SHOWN])) or "nothing"
+    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+def _describe(name: str, width: int, num_classes: int) -> str:
+    return f"{name} of width {width} with {num_classes} classes"
+
+
+# ---- files
+
+
+def _suffix(path: Path, *, writing: bool) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".safetensors", ".npz"):
+        return suffix
+    if suffix not in _PICKLES:
+        raise CheckpointError(f"{path}: unknown suffix {suffix!r}; use '.safetensors' or '.npz'")
+    new = str(path.with_suffix(".safetensors"))
+    if writing:
+        raise CheckpointError(
+            f"{path}: no pickled file is written; save to {new!r}, and in PyTorch call "
+            f"model.load_state_dict(safetensors.torch.load_file({new!r}))"
+        )
+    raise CheckpointError(
+        f"{path}: a pickled file can run any program and is never read; convert it once, where "
+        "PyTorch is (`import safetensors.torch, torch`):\n"
+        f"    state = torch.load({str(path)!r}, map_location='cpu', weights_only=True)\n"
+        "    safetensors.torch.save_file("
+        f"{{name: value.contiguous() for name, value in state.items()}}, {new!r})"
+    )
+
+
+def _safetensors(path: Path) -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: '.safetensors' needs the package safetensors: pip install agr_jax[torch]"
+        ) from error
+    return safetensors.numpy
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], _About | None]:
+    """A file's tensors, without the counters of batches, and its metadata, if they are ours."""
+    read = _read_safetensors if _suffix(path, writing=False) == ".safetensors" else _read_npz
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
+    tensors, metadata = read(path)
+    return tensors, None if metadata is None else _about(path, metadata)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | bytes | None]:
+    _safetensors(path)
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for tensor in file.keys():  # noqa: SIM118 (not a mapping)
+                if tensor.endswith(_COUNTER):
+                    continue
+                dtype = file.get_slice(tensor).get_dtype()
+                if dtype not in _SAFETENSORS_FLOATS:
+                    raise CheckpointError(
+                        f"{path}: {tensor!r} is {dtype}, expected one of "
+                        f"{', '.join(_SAFETENSORS_FLOATS)}; in PyTorch, save value.float()"
+                    )
+                tensors[tensor] = file.get_tensor(tensor)
+            return tensors, (file.metadata() or {}).get(_SAFETENSORS_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged, or not a safetensors file ({error})") from error
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str | bytes | None]:
+    try:
+        with zipfile.ZipFile(path):  # np.load would try other formats
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            tensors = {tensor: file[tensor] for tensor in file if not tensor.endswith(_COUNTER)}
+            metadata = tensors.pop(_NPZ_KEY, None)
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged, or not an npz file ({error})") from error
+    for tensor, value in tensors.items():
+        # Members that are no arrays, as in a renamed .pt file, come as bytes.
+        dtype = getattr(value, "dtype", "not an array")
+        if dtype not in (np.float16, np.float32, np.float64):
+            raise CheckpointError(
+                f"{path}: {tensor!r} is {dtype}, expected float16, float32 or float64"
+            )
+    return tensors, None if metadata is None else bytes(metadata)
+
+
+def _about(path: Path, metadata: str | bytes) -> _About:
+    """Parses what `save_torch_weights` wrote."""
+    try:
+        values = json.loads(metadata)
+        version = values.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: written by a later agr_jax (format {version}, this one reads "
+                f"{FORMAT_VERSION}); update agr_jax"
+            )
+        for name in ("mean", "std"):
+            values[name] = tuple(float(value) for value in values[name])
+        return _About(**values)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its agr_jax metadata are damaged ({error})") from error
