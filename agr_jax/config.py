@@ -243,11 +243,15 @@ class EvalConfig:
     """The row that is printed after training.
 
     Attributes:
-        attacks: of `clean`, `fgsm` and `pgd<steps>`.
+        attacks: names such as `clean`, `pgd20`, `cw20`, `pgd20@l2`, `autoattack`, `table1`; all are
+            listed in `agr_jax.attacks.named`.
         examples: the first n images of the test set; 0 for all.
         batch_size: images per batch; changes the speed, not the result.
-        step_size: of PGD.
+        step_size: of PGD under the run's norm; under others it is 2.5 epsilon over the steps.
         every_epochs: how often the held-out split is attacked with the training attack.
+        checkpoints: of `last`, `best` and `average`, as far as the run has them.
+        l2_epsilon: radius of `@l2` attacks, where the run's norm is another.
+        l1_epsilon: radius of `@l1` attacks, where the run's norm is another.
     """
 
     attacks: tuple[str, ...]
@@ -255,6 +259,9 @@ class EvalConfig:
     batch_size: PositiveInt
     step_size: Positive
     every_epochs: PositiveInt
+    checkpoints: tuple[Literal["last", "best", "average"], ...] = ("last", "best", "average")
+    l2_epsilon: NonNegative = 128 / 255
+    l1_epsilon: NonNegative = 2000 / 255
 
 
 @dataclasses.dataclass(frozen=True)

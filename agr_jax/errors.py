@@ -21,5 +21,9 @@ class RunFolderError(UserError, RuntimeError):
     """A run folder that is in use, or that holds a run with another config."""
 
 
+class EvaluationStateError(UserError, ValueError):
+    """Saved progress of an evaluation that is damaged or belongs to another one."""
+
+
 class NonFiniteLossError(UserError, FloatingPointError):
     """A loss that became NaN or infinite."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
-import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,39 +17,37 @@ import numpy as np
 from jax.sharding import Mesh
 
 import agr_jax
-from agr_jax import checkpoints, mesh, methods, models, run_folder
+from agr_jax import checkpoints, mesh, models, run_folder
 from agr_jax import config as config_module
-from agr_jax.attacks import FGSM, PGD, Attack
+from agr_jax.attacks import Attack, AutoAttack, named
+from agr_jax.attacks.journal import BatchRecord, Journal, digest
 from agr_jax.config import Config
 from agr_jax.data import Dataset, Split, load_dataset, to_unit_range
 from agr_jax.data.batches import evaluation_batches
 from agr_jax.errors import CheckpointError, ConfigError
 from agr_jax.metrics import Progress, write_atomically
 from agr_jax.models import Classifier
-from agr_jax.threat import ThreatModel
 
 
-def make_attack(name: str, threat: ThreatModel, step_size: float) -> Attack | None:
-    """An evaluation attack by name.
-
-    Args:
-        name: `clean` (no attack), `fgsm`, or `pgd<steps>` such as `pgd20`.
-        threat: the ball.
-        step_size: of PGD.
+def make_attacks(config: Config) -> dict[str, Attack | None]:
+    """The attacks that `config.eval.attacks` names, in their order; see `agr_jax.attacks.named`.
 
     Raises:
-        ConfigError: on another name.
+        ConfigError: on an unknown name.
     """
-    if name == "clean":
-        return None
-    if name == "fgsm":
-        return FGSM(threat)
-    match = re.fullmatch(r"pgd([1-9]\d*)", name)
-    if match is None:
-        raise ConfigError(
-            f"config.eval.attacks: must be of 'clean', 'fgsm' and 'pgd<steps>', got {name!r}"
+    settings = config.eval
+    radii = {"linf": 8 / 255, "l2": settings.l2_epsilon, "l1": settings.l1_epsilon}
+    radii[config.attack.norm] = config.attack.epsilon
+    return {
+        name: named.make(
+            name,
+            norm=config.attack.norm,
+            radii=radii,
+            step_size=settings.step_size,
+            batch_size=settings.batch_size,
         )
-    return PGD(threat, steps=int(match[1]), step_size=step_size)
+        for name in named.names(settings.attacks)
+    }
 
 
 def correct_under_attack(
@@ -61,6 +59,7 @@ def correct_under_attack(
     batch_size: int,
     on: Mesh,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> np.ndarray:
     """Which images are classified correctly after the attack.
 
@@ -75,6 +74,7 @@ def correct_under_attack(
         batch_size: images at a time; the last batch is filled up, so that one program serves all.
         on: devices to share each batch.
         progress: advanced by one per batch.
+        journal: of the batches that are done.
 
     Returns:
         Booleans `[examples]`.
@@ -86,6 +86,11 @@ def correct_under_attack(
     for start, stop in evaluation_batches(len(split.labels), batch_size):
         # The last batch repeats its last image until it is full.
         rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
+        record = None if journal is None else journal.next("batch", rows[: stop - start])
+        if record is not None:
+            masks.append(~record.fooled)
+            continue
+        started = time.perf_counter()
         keys = jax.vmap(functools.partial(jax.random.fold_in, root))(rows)
         batch = jax.device_put(
             (split.images[rows], split.labels[rows], keys), mesh.batch_sharding(on)
@@ -93,6 +98,11 @@ def correct_under_attack(
         with jax.default_matmul_precision("float32"):
             correct = _correct(attack, classifier, *batch)
         masks.append(np.asarray(correct)[: stop - start])
+        if journal is not None:
+            record = BatchRecord.of_mask(
+                rows[: stop - start], ~masks[-1], time.perf_counter() - started
+            )
+            journal.add("batch", record)
         if progress is not None:
             progress.advance()
     return np.concatenate(masks)
@@ -116,20 +126,22 @@ def evaluate_run(
     folder: Path,
     config: Config,
     *,
-    which: Sequence[str] = ("last", "best", "average"),
+    which: Sequence[str] | None = None,
     dataset: Dataset | None = None,
     on: Mesh | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates checkpoints of a run on the test set, and saves `evaluations/<which>.json`.
 
     With fewer than all test images the file is `<which>-first<n>.json`, so that it never replaces
-    the whole evaluation.
+    the whole evaluation. What is done is kept batch by batch: the same call continues an evaluation
+    that was killed, and ends with the same result.
 
     Args:
         folder: the run folder.
         config: its config, possibly with other `eval` fields.
-        which: of `last`, `best` and `average`; beside the last one, the best is left out where
-            nothing was held out, and the average where none is kept.
+        which: of `last`, `best` and `average`, by default `config.eval.checkpoints`; beside the
+            last one, the best is left out where nothing was held out, and the average where none is
+            kept.
         dataset: already loaded, or `None` to load it.
         on: devices, by default all.
 
@@ -138,20 +150,14 @@ def evaluate_run(
 
     Raises:
         CheckpointError: if the run has no checkpoint, or one of another model or data set.
+        ConfigError: on an unknown attack or too many examples.
     """
+    which = config.eval.checkpoints if which is None else which
+    attacks = make_attacks(config)
     dataset = dataset if dataset is not None else dataset_from_config(config)
     on = on if on is not None else mesh.data_mesh()
-    threat = methods.threat_model(config.attack)
-    attacks = {
-        name: make_attack(name, threat, config.eval.step_size) for name in config.eval.attacks
-    }
-    examples = config.eval.examples or len(dataset.test.labels)
-    if examples > len(dataset.test.labels):
-        raise ConfigError(
-            f"config.eval.examples: {examples} asked for, the test set has "
-            f"{len(dataset.test.labels)}"
-        )
-    split = Split(dataset.test.images[:examples], dataset.test.labels[:examples])
+    split = test_split(config, dataset)
+    examples = len(split.labels)
     subset = "" if examples == len(dataset.test.labels) else f"-first{examples}"
     records = []
     for name in which:
@@ -163,7 +169,7 @@ def evaluate_run(
             raise
         item = "average" if name == "average" else "variables"
         classifier, about = load_classifier(checkpoint, config, dataset, on, item=item)
-        record = {
+        record: dict[str, Any] = {
             "checkpoint": name,
             "step": about["step"],
             "epoch": about["epoch"],
@@ -176,31 +182,81 @@ def evaluate_run(
             "environment": _environment(on),
             "config": config_module.to_dict(config),
         }
-        batches = -(-examples // config.eval.batch_size)
-        for attack_name, attack in attacks.items():
-            started = time.perf_counter()
-            with Progress(f"{name}, {attack_name}", batches, unit="batch") as progress:
-                correct = correct_under_attack(
-                    classifier,
-                    attack,
-                    split,
-                    seed=config.seed,
-                    batch_size=config.eval.batch_size,
-                    on=on,
-                    progress=progress,
+        unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
+        with run_folder.locked(unfinished):
+            for attack_name, attack in attacks.items():
+                record["attacks"][attack_name] = _evaluate_attack(
+                    attack_name, attack, classifier, split, config, on, unfinished / attack_name
                 )
-            record["attacks"][attack_name] = {
-                "correct": int(correct.sum()),
-                "accuracy": float(correct.mean()),
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-        run_folder.evaluations_path(folder).mkdir(exist_ok=True)
-        write_atomically(
-            run_folder.evaluations_path(folder) / f"{name}{subset}.json",
-            json.dumps(record, indent=2) + "\n",
-        )
+            write_atomically(
+                run_folder.evaluations_path(folder) / f"{name}{subset}.json",
+                json.dumps(record, indent=2) + "\n",
+            )
+        shutil.rmtree(unfinished)
         records.append(record)
     return records
+
+
+def _evaluate_attack(
+    name: str,
+    attack: Attack | None,
+    classifier: Classifier,
+    split: Split,
+    config: Config,
+    on: Mesh,
+    folder: Path,
+) -> dict[str, Any]:
+    """One attack's entry of a record."""
+    started = time.perf_counter()
+    if isinstance(attack, AutoAttack):
+        images = np.asarray(to_unit_range(jnp.asarray(split.images)))
+        key = jax.random.key(config.seed)
+        result = attack.evaluate(classifier, images, split.labels, key, folder=folder, on=on)
+        found = {"correct": int(result.robust.sum()), **result.as_dict()}
+    else:
+        settings = named.describe(attack)
+        identity = {
+            **{field: str(value) for field, value in settings.items()},
+            "seed": config.seed,
+            "batch_size": config.eval.batch_size,
+            "devices": on.size,
+            "images": digest([split.images, split.labels]),
+            "network": digest(classifier),
+        }
+        batches = -(-len(split.labels) // config.eval.batch_size)
+        with Progress(name, batches, unit="batch") as progress:
+            correct = correct_under_attack(
+                classifier,
+                attack,
+                split,
+                seed=config.seed,
+                batch_size=config.eval.batch_size,
+                on=on,
+                progress=progress,
+                journal=Journal(folder, identity),
+            )
+        found = {
+            "correct": int(correct.sum()),
+            "accuracy": float(correct.mean()),
+            "settings": settings,
+        }
+    # Of this start alone: a continued evaluation does not repeat what was done.
+    return {**found, "wall_seconds": round(time.perf_counter() - started, 2)}
+
+
+def test_split(config: Config, dataset: Dataset) -> Split:
+    """The first `config.eval.examples` test images; all for 0.
+
+    Raises:
+        ConfigError: if the test set has fewer.
+    """
+    examples = config.eval.examples or len(dataset.test.labels)
+    if examples > len(dataset.test.labels):
+        raise ConfigError(
+            f"config.eval.examples: {examples} asked for, the test set has "
+            f"{len(dataset.test.labels)}"
+        )
+    return Split(dataset.test.images[:examples], dataset.test.labels[:examples])
 
 
 def dataset_from_config(config: Config) -> Dataset:
@@ -287,7 +343,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
         raise CheckpointError("nothing was evaluated")
     names = list(records[0]["attacks"])
-    titles = [name.upper().replace("PGD", "PGD-") if name != "clean" else name for name in names]
+    titles = [named.title(name) for name in names]
     lines = [
         "| checkpoint | epoch | " + " | ".join(titles) + " |",
         "|---|---|" + "---|" * len(titles),
@@ -297,12 +353,22 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {record['checkpoint']} | {record['epoch']} | " + " | ".join(cells) + " |")
     record = records[0]
     note = "" if record["complete_data"] else "; a SUBSET of the data set, not comparable"
-    threat = record["threat"]
+    threat, settings = record["threat"], record["config"]["eval"]
     lines.append("")
     lines.append(
         f"% correct of {record['examples']} test images, {threat['norm']} "
         f"epsilon {threat['epsilon']:.4g}, seed {record['seed']}{note}"
     )
+    radii = {"linf": 8 / 255, "l2": settings["l2_epsilon"], "l1": settings["l1_epsilon"]}
+    others = {norm for name in names for norm in [name.partition("@")[2]] if norm}
+    for norm in sorted(others - {threat["norm"]}):
+        lines.append(f"columns {norm.capitalize()}: epsilon {radii[norm]:.4g}")
+    for each in records:
+        for name, found in each["attacks"].items():
+            lines += [
+                f"warning ({each['checkpoint']}, {named.title(name)}): {message}"
+                for message in found.get("warnings", [])
+            ]
     return "\n".join(lines)
 
 

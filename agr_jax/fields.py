@@ -54,7 +54,8 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     Args:
         cls: a dataclass whose fields are typed with numbers, strings, tuples, `Literal`,
             `Annotated` with a `Range` or `OneOf`, or further dataclasses.
-        values: one entry for each field.
+        values: one entry for each field; one with a default may be missing, which is how fields
+            that are younger than a run's config.json are read.
         prefix: what messages put before a field's name.
 
     Raises:
@@ -64,11 +65,20 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     for name in values:
         if name not in hints:
             raise ConfigError(f"{prefix}.{name}: no such field{suggestion(name, hints)}")
+    required = {
+        field.name
+        for field in dataclasses.fields(typing.cast(Any, cls))
+        if field.default is dataclasses.MISSING
+    }
     for name in hints:
-        if name not in values:
+        if name in required and name not in values:
             raise ConfigError(f"{prefix}.{name}: the field is missing")
     return cls(
-        **{name: _convert(values[name], hint, f"{prefix}.{name}") for name, hint in hints.items()}
+        **{
+            name: _convert(values[name], hint, f"{prefix}.{name}")
+            for name, hint in hints.items()
+            if name in values
+        }
     )
 
 

@@ -65,6 +65,11 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
     return (_pick(logits, targets) - _pick(logits, labels)) / spread
 
 
+def targeted_margin(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+    """The target's logit minus the label's, for networks with too few classes for a DLR loss."""
+    return _pick(logits, targets) - _pick(logits, labels)
+
+
 def kl_divergence(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
     """KL(softmax(logits) || softmax(other_logits)) per example, in nats, with 0 log 0 = 0."""
     log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other_logits)

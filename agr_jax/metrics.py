@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +14,6 @@ from typing import IO, Any
 
 import jax
 import numpy as np
-import tqdm
 
 from agr_jax.errors import NonFiniteLossError
 
@@ -108,8 +108,10 @@ class Progress:
         self._done = self._initial = initial
         self._seconds = seconds
         self._started = self._last = time.monotonic()
-        self._bar = None
-        if self._stream.isatty():
+        self._bar: Any = None
+        if self._stream.isatty() and importlib.util.find_spec("tqdm"):
+            import tqdm  # of the `train` extra; plain lines do without
+
             self._bar = tqdm.tqdm(
                 desc=description,
                 total=total,
@@ -119,6 +121,13 @@ class Progress:
                 leave=False,
                 dynamic_ncols=True,
             )
+
+    def expect(self, total: int, description: str = "") -> None:
+        """Corrects the total, where it turned out otherwise, and says what is going on now."""
+        self._total, self._description = total, description or self._description
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.set_description(self._description, refresh=False)
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Counts units as done and shows the note beside them."""

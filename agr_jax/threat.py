@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -67,7 +68,7 @@ class Linf:
 
     def random_start(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Uniform in the cube, then clipped to the box."""
-        noise = _per_image(
+        noise = per_image(
             key,
             images,
             lambda k, shape: jax.random.uniform(k, shape, images.dtype, -1, 1),
@@ -85,7 +86,7 @@ class Linf:
 
     def distance(self, candidates: jax.Array, images: jax.Array) -> jax.Array:
         """Largest absolute difference."""
-        return jnp.max(jnp.abs(_flat(candidates - images)), axis=1)
+        return jnp.max(jnp.abs(flatten(candidates - images)), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +107,11 @@ class L2:
             radius = jax.random.uniform(radius_key, (), images.dtype) ** (1 / math.prod(shape))
             return radius * direction / jnp.sqrt(jnp.sum(direction**2))
 
-        return jnp.clip(images + self.epsilon * _per_image(key, images, draw), 0, 1)
+        return jnp.clip(images + self.epsilon * per_image(key, images, draw), 0, 1)
 
     def ascent(self, gradient: jax.Array) -> jax.Array:
         """Gradient over its Euclidean norm."""
-        return gradient / (_expand(_norm2(gradient), gradient) + _TINY)
+        return gradient / (expand(_norm2(gradient), gradient) + _TINY)
 
     def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Scales the perturbation back to the ball, then clips the image to the box.
@@ -118,7 +119,7 @@ class L2:
         Clipping moves every pixel towards the image, so the result stays in the ball.
         """
         perturbation = candidates - images
-        norm = _expand(_norm2(perturbation), perturbation)
+        norm = expand(_norm2(perturbation), perturbation)
         factor = jnp.where(norm > self.epsilon, self.epsilon / jnp.maximum(norm, _TINY), 1)
         inside = images + perturbation * factor
         return jnp.clip(inside, 0, 1) if box else inside
@@ -156,25 +157,25 @@ class L1:
             radius = jax.random.uniform(radius_key, (), images.dtype) ** (1 / math.prod(shape))
             return radius * direction / jnp.sum(jnp.abs(direction))
 
-        return self.project(images + self.epsilon * _per_image(key, images, draw), images)
+        return self.project(images + self.epsilon * per_image(key, images, draw), images)
 
     def ascent(self, gradient: jax.Array) -> jax.Array:
         """Sign of the largest entries, or the dense gradient, over its L1 norm."""
         if self.sparsity is None:
             direction = gradient
         else:
-            magnitude = jnp.abs(_flat(gradient))
+            magnitude = jnp.abs(flatten(gradient))
             kept = max(1, round((1 - self.sparsity) * magnitude.shape[1]))
             threshold = jax.lax.top_k(magnitude, kept)[0][:, -1]
-            large = jnp.abs(gradient) >= _expand(threshold, gradient)
+            large = jnp.abs(gradient) >= expand(threshold, gradient)
             direction = jnp.where(large, jnp.sign(gradient), 0)
-        return direction / (_expand(_norm1(direction), gradient) + _TINY)
+        return direction / (expand(_norm1(direction), gradient) + _TINY)
 
     def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Nearest point, in the Euclidean norm, of the ball (and the box)."""
-        wanted = _flat(candidates - images)
+        wanted = flatten(candidates - images)
         magnitude = jnp.abs(wanted)
-        flat_images = _flat(images)
+        flat_images = flatten(images)
         room = magnitude
         if box:
             room = jnp.minimum(room, jnp.where(wanted > 0, 1 - flat_images, flat_images))
@@ -192,30 +193,41 @@ class L1:
 def _shrink_to_l1_norm(magnitude: jax.Array, room: jax.Array, epsilon: float) -> jax.Array:
     """`min(max(magnitude - level, 0), room)` with the least level >= 0 whose sum is <= epsilon.
 
-    The sum falls with the level, piecewise linearly: bisection finds the piece, and one division
-    the level within it.
+    The sum falls with the level, piecewise linearly: Newton's method, which bisects where it would
+    leave the interval that is left, finds the piece, and one division the level within it.
     """
 
     def shrink(level: jax.Array) -> jax.Array:
         return jnp.minimum(jnp.maximum(magnitude - level[:, None], 0), room)
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        too_long = shrink(middle).sum(1) > epsilon
-        return jnp.where(too_long, middle, low), jnp.where(too_long, high, middle)
+    def narrow(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        count, low, high, level, _ = carry
+        excess = shrink(level).sum(1) - epsilon
+        low, high = jnp.where(excess > 0, level, low), jnp.where(excess > 0, high, level)
+        left = magnitude - level[:, None]
+        moving = ((left > 0) & (left < room)).sum(1)
+        newton = level + excess / jnp.maximum(moving, 1)
+        inside = (moving > 0) & (newton > low) & (newton < high)
+        following = jnp.where(inside, newton, 0.5 * (low + high))
+        settled = jnp.abs(following - level) <= 2 * jnp.finfo(level.dtype).eps * level
+        return count + 1, low, high, jnp.where(settled, level, following), settled
 
+    # Bisection alone would need as many steps as the mantissa has bits.
+    most = jnp.finfo(magnitude.dtype).nmant + 2
     highest = magnitude.max(1)
-    # As many halvings as the mantissa has bits: after them the bounds are neighbours.
-    halvings = jnp.finfo(magnitude.dtype).nmant + 2
-    low, high = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(highest), highest))
-    middle = 0.5 * (low + high)[:, None]
-    moving = (magnitude > middle) & (magnitude - middle < room)
+    whole = room.sum(1) <= epsilon
+    start = 0, jnp.zeros_like(highest), highest, 0 * highest, whole
+
+    def unsettled(carry: tuple[jax.Array, ...]) -> jax.Array:
+        return (carry[0] < most) & ~(carry[4] | whole).all()
+
+    _, low, high, level, _ = jax.lax.while_loop(unsettled, narrow, start)
+    moving = (magnitude > level[:, None]) & (magnitude - level[:, None] < room)
     count = moving.sum(1)
-    excess = jnp.where(moving, magnitude, jnp.where(magnitude > middle, room, 0)).sum(1) - epsilon
-    level = jnp.where(count > 0, excess / jnp.maximum(count, 1), high)
-    level = jnp.clip(level, low, high)
-    return shrink(jnp.where(room.sum(1) <= epsilon, 0, level))
+    above = jnp.where(moving, magnitude, jnp.where(magnitude > level[:, None], room, 0))
+    exact = (above.sum(1) - epsilon) / jnp.maximum(count, 1)
+    level = jnp.where(count > 0, jnp.clip(exact, low, high), level)
+    return shrink(jnp.where(whole, 0, level))
 
 
 def image_keys(key: jax.Array, batch_size: int) -> jax.Array:
@@ -235,10 +247,15 @@ def image_keys(key: jax.Array, batch_size: int) -> jax.Array:
 
 def gaussian_noise(key: jax.Array, images: jax.Array) -> jax.Array:
     """Standard normal noise for each image; `key` is one key, or one per image."""
-    return _per_image(key, images, lambda k, shape: jax.random.normal(k, shape, images.dtype))
+    return per_image(key, images, lambda k, shape: jax.random.normal(k, shape, images.dtype))
 
 
-def _per_image(key, images, draw):  # type: ignore[no-untyped-def]
+def per_image(
+    key: jax.Array,
+    images: jax.Array,
+    draw: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+) -> jax.Array:
+    """`draw(key, shape of an image)` for every image, with a key of its own."""
     keys = image_keys(key, images.shape[0])
     return jax.vmap(lambda k: draw(k, images.shape[1:]))(keys)
 
@@ -249,17 +266,19 @@ def _check_epsilon(threat: Linf | L2 | L1) -> None:
         raise ValueError(f"{name}.epsilon must be a finite number >= 0, got {threat.epsilon}")
 
 
-def _flat(array: jax.Array) -> jax.Array:
-    return array.reshape(array.shape[0], -1)
+def flatten(images: jax.Array) -> jax.Array:
+    """`[batch, ...]` as `[batch, pixels]`."""
+    return images.reshape(images.shape[0], -1)
 
 
-def _expand(per_image: jax.Array, like: jax.Array) -> jax.Array:
+def expand(per_image: jax.Array, like: jax.Array) -> jax.Array:
+    """One value per image, `[batch]`, with as many axes as `like`."""
     return per_image.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def _norm1(array: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.abs(_flat(array)), axis=1)
+    return jnp.sum(jnp.abs(flatten(array)), axis=1)
 
 
 def _norm2(array: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(_flat(array) ** 2, axis=1))
+    return jnp.sqrt(jnp.sum(flatten(array) ** 2, axis=1))

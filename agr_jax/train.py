@@ -96,13 +96,8 @@ def create_trainer(config: Config, dataset: Dataset, on: jax.sharding.Mesh) -> T
 
 def _check_before_start(config: Config, dataset: Dataset, on: jax.sharding.Mesh) -> None:
     """Refuses now what would otherwise fail after training."""
-    for name in config.eval.attacks:
-        evaluate.make_attack(name, methods.threat_model(config.attack), config.eval.step_size)
-    if config.eval.examples > len(dataset.test.labels):
-        raise ConfigError(
-            f"config.eval.examples: {config.eval.examples} asked for, the test set has "
-            f"{len(dataset.test.labels)}"
-        )
+    evaluate.make_attacks(config)
+    evaluate.test_split(config, dataset)
     last = len(dataset.train.labels) % config.batch_size
     if config.data.last_batch == "keep" and last:
         mesh.check_divisible(last, on, "config.data.last_batch=keep leaves a last batch")

@@ -129,9 +129,12 @@ def _paper() -> ConfigDict:
             "checkpoints": {"every_epochs": 1, "keep_epochs": ()},
             "eval": {
                 "attacks": ("clean", "fgsm", "pgd20"),
+                "checkpoints": ("last", "best", "average"),
                 "examples": 0,
                 "batch_size": 500,
                 "step_size": 2 / 255,  # unstated in the paper; the published code
+                "l2_epsilon": 128 / 255,
+                "l1_epsilon": 2000 / 255,
                 "every_epochs": 1,
             },
             "precision": {"train": "float32"},

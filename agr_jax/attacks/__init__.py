@@ -3,14 +3,43 @@
 The lower-case names are the public ones: `attacks.pgd(Linf(8 / 255), steps=20)` makes an attack.
 """
 
-from collections.abc import Callable
+from agr_jax.attacks.apgd import APGD
+from agr_jax.attacks.attack import Attack, LogitsFn, Outcome
+from agr_jax.attacks.autoattack import AutoAttack, AutoAttackResult
+from agr_jax.attacks.autoattack_checks import EvaluationWarning
+from agr_jax.attacks.fab import FAB
+from agr_jax.attacks.pgd import FGSM, PGD, cw_inf, ifgsm
+from agr_jax.attacks.spsa import SPSA
+from agr_jax.attacks.square import Square
 
-import jax
-
-from agr_jax.attacks.pgd import FGSM, PGD, LogitsFn
-
-Attack = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], jax.Array]
 fgsm = FGSM
 pgd = PGD
+apgd = APGD
+fab = FAB
+square = Square
+spsa = SPSA
+autoattack = AutoAttack
 
-__all__ = ["FGSM", "PGD", "Attack", "LogitsFn", "fgsm", "pgd"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "FGSM",
+    "PGD",
+    "SPSA",
+    "Attack",
+    "AutoAttack",
+    "AutoAttackResult",
+    "EvaluationWarning",
+    "LogitsFn",
+    "Outcome",
+    "Square",
+    "apgd",
+    "autoattack",
+    "cw_inf",
+    "fab",
+    "fgsm",
+    "ifgsm",
+    "pgd",
+    "spsa",
+    "square",
+]

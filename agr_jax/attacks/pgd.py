@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from agr_jax import losses
-from agr_jax.threat import ThreatModel, gaussian_noise
-
-LogitsFn = Callable[[jax.Array], jax.Array]
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs
+from agr_jax.threat import ThreatModel, expand, gaussian_noise, image_keys
 
 
 @dataclasses.dataclass(frozen=True)
 class PGD:
     """Projected gradient ascent on a loss, for a fixed number of steps; returns the last iterate.
+
+    With restarts it returns, image by image, the first restart's that is misclassified, or else the
+    one of highest loss.
 
     Called as `attack(logits_fn, images, labels, key)`; the iterations are one `lax.fori_loop` under
     `jit`. A plain `logits_fn` is part of the compiled program's identity: pass the same function
@@ -39,6 +38,7 @@ class PGD:
             to the image, whose own gradient may be zero; 0 starts at the image itself.
         box_every_step: clip to [0, 1] after every step. The published AGR code clips only the start
             and the result (`False`), so that its gradients are taken outside the box too.
+        restarts: number of starts.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
     ICLR 2018.
@@ -61,10 +61,18 @@ class PGD:
     targets: Literal["labels", "clean_logits"] = "labels"
     start_noise: float = 0.0
     box_every_step: bool = True
+    restarts: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"PGD.steps must be at least 1, got {self.steps}")
+        if self.restarts < 1:
+            raise ValueError(f"PGD.restarts must be at least 1, got {self.restarts}")
+        if self.restarts > 1 and not (self.random_start or self.start_noise):
+            raise ValueError(
+                f"PGD.restarts is {self.restarts}, but without random_start or start_noise every "
+                "restart is the same"
+            )
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"PGD.step_size must be positive, got {self.step_size}")
         if self.targets not in ("labels", "clean_logits"):
@@ -128,8 +136,53 @@ class FGSM:
         return step(logits_fn, images, labels, key)
 
 
+def ifgsm(threat: ThreatModel, steps: int = 10) -> PGD:
+    """Iterative FGSM: `steps` steps of `epsilon / steps` from the image itself.
+
+    Source: Kurakin et al., "Adversarial examples in the physical world", ICLR workshop 2017.
+    """
+    return PGD(threat, steps=steps, step_size=threat.epsilon / steps, random_start=False)
+
+
+def cw_inf(threat: ThreatModel, steps: int = 20, step_size: float | None = None) -> PGD:
+    """PGD on the margin: the "CW-inf" of adversarial training papers, without their kappa.
+
+    Source: the loss is that of Carlini and Wagner, "Towards Evaluating the Robustness of Neural
+    Networks", IEEE S&P 2017.
+    """
+    return PGD(threat, steps=steps, step_size=step_size, loss=losses.margin)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run_pgd(
+    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> jax.Array:
+    if attack.restarts == 1:
+        return _from_random_start(attack, logits_fn, images, labels, key)
+    keys = image_keys(key, images.shape[0])
+    targets = labels if attack.targets == "labels" else logits_fn(images)
+
+    def run(
+        index: jax.Array, best: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        points, fooled, loss = best
+        own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        new_points = _from_random_start(attack, logits_fn, images, labels, own)
+        logits = logits_fn(new_points)
+        wrong, new_loss = jnp.argmax(logits, axis=1) != labels, attack.loss(logits, targets)
+        better = ~fooled & (wrong | (new_loss > loss))
+        return (
+            jnp.where(expand(better, images), new_points, points),
+            fooled | wrong,
+            jnp.where(better, new_loss, loss),
+        )
+
+    examples = images.shape[:1]
+    start = images, jnp.zeros(examples, bool), jnp.full(examples, -jnp.inf, images.dtype)
+    return jax.lax.fori_loop(0, attack.restarts, run, start)[0]
+
+
+def _from_random_start(
     attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
 ) -> jax.Array:
     start = images
@@ -160,38 +213,3 @@ def _ascend(
 
     adversarial = jax.lax.fori_loop(0, attack.steps, step, start)
     return jax.lax.stop_gradient(jnp.clip(adversarial, 0, 1))
-
-
-def as_pytree(logits_fn: LogitsFn) -> LogitsFn:
-    """Makes a callable acceptable to `jit`: pytrees of arrays as they are, others as constants."""
-    leaves = jax.tree.leaves(logits_fn)
-    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
-        return logits_fn
-    return jax.tree_util.Partial(logits_fn)
-
-
-def check_inputs(images: jax.Array, labels: jax.Array) -> None:
-    """Refuses images and labels that no attack can mean.
-
-    Values are looked at only outside `jit`, where they are known.
-
-    Raises:
-        ValueError: images not floating or outside [0, 1], labels not integers or not one per image.
-    """
-    images, labels = _as_array(images), _as_array(labels)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be floats in [0, 1], got dtype {images.dtype}")
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels must be integers of shape {images.shape[:1]}, "
-            f"got {labels.dtype} of shape {labels.shape}"
-        )
-    if isinstance(images, jax.core.Tracer):
-        return
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # also true of NaN
-        raise ValueError(f"images must lie in [0, 1], got values from {low} to {high}")
-
-
-def _as_array(value: Any) -> Any:
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)

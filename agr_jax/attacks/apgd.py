@@ -1,0 +1,609 @@
+"""Auto-PGD (APGD): projected gradient ascent that chooses its own step size, image by image."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from agr_jax import losses
+from agr_jax.attacks.attack import (
+    LogitsFn,
+    Loop,
+    LossFn,
+    Outcome,
+    as_pytree,
+    check_inputs,
+    loop_on_device,
+)
+from agr_jax.attacks.selection import kth_smallest
+from agr_jax.threat import L1, L2, Linf, expand, flatten, gaussian_noise, image_keys, per_image
+
+_LARGE_RADII = (3.0, 2.0, 1.0)
+_SHARE_OF_STEPS = (0.3, 0.3)  # the last radius has the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class APGD:
+    """Auto-PGD under L-infinity, L2 or L1, untargeted or against the likeliest wrong classes.
+
+    Called as `attack(logits_fn, images, labels, key)`, under `jit` or not. An image that is
+    misclassified without an attack is returned as it is; one that is fooled, as the latest iterate
+    that was misclassified (the first one with `stop_when_fooled`); any other, as the iterate of
+    highest loss.
+
+    Attributes:
+        threat: `Linf`, `L2` or `L1` ball.
+        loss: `loss(logits, labels) -> [batch]`, to be raised, by default the cross-entropy; with
+            `targets` it is `loss(logits, labels, target_classes)`, by default `targeted_dlr`.
+        targets: number of target classes, the likeliest wrong ones at the clean image first; at
+            most the number of classes minus one is used. 0 for an untargeted attack.
+        steps: gradient steps in each run.
+        restarts: runs from a random start each (for each target class).
+        rho: share of steps that must raise the loss for the step size to stay.
+        draws: 0 for a network `logits_fn(images)`. Otherwise it is randomised,
+            `logits_fn(images, key)`, and the gradient is the mean of this many draws.
+        large_radii: search at three and two times epsilon first; for L1 only.
+        stop_when_fooled: leave an image at its first misclassified iterate. The verdict is the
+            same, and a batch of fooled images ends early.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+    diverse parameter-free attacks", ICML 2020, algorithm 1; for L1 "Mind the box: l1-APGD for
+    sparse adversarial attacks on image classifiers", ICML 2021, algorithm 1; and their published
+    code where it says more.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from agr_jax.attacks import apgd
+        >>> from agr_jax.threat import L2
+        >>> images, labels = jnp.full([1, 1, 1, 2], 0.5), jnp.array([0])
+        >>> attack = apgd(L2(0.1), steps=20)
+        >>> adversarial = attack(lambda x: x.reshape(-1, 2), images, labels, jax.random.key(0))
+        >>> adversarial.round(2).tolist()
+        [[[[0.4300000071525574, 0.5699999928474426]]]]
+    """
+
+    threat: Linf | L2 | L1
+    loss: LossFn | None = None
+    targets: int = 0
+    steps: int = 100
+    restarts: int = 1
+    rho: float = 0.75
+    draws: int = 0
+    large_radii: bool = False
+    stop_when_fooled: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Linf | L2 | L1):
+            raise ValueError(f"APGD.threat must be Linf, L2 or L1, got {self.threat!r}")
+        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0), ("draws", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"APGD.{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"APGD.rho must lie in [0, 1], got {self.rho}")
+        if self.large_radii and not isinstance(self.threat, L1):
+            raise ValueError(f"APGD.large_radii is for L1 alone, got it with {self.threat!r}")
+
+    def __call__(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
+
+        Args:
+            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
+            images: floats in [0, 1].
+            labels: `[batch]` integers.
+            key: one JAX key, or one per image.
+
+        Raises:
+            ValueError: if images or labels have the wrong dtype, shape or range.
+        """
+        check_inputs(images, labels)
+        return _run_all(self, as_pytree(logits_fn), images, labels, key)
+
+    def units(self, num_classes: int) -> int:
+        """Number of runs: restarts, times target classes."""
+        return self.restarts * (min(self.targets, num_classes - 1) if self.targets else 1)
+
+    def unit(
+        self,
+        logits_fn: LogitsFn,
+        images: jax.Array,
+        labels: jax.Array,
+        keys: jax.Array,
+        index: jax.Array | int,
+        loop: Loop = loop_on_device,
+    ) -> Outcome:
+        """One run, from a random start.
+
+        Args:
+            logits_fn: see `__call__`; a pytree.
+            images: floats in [0, 1], classified correctly.
+            labels: `[batch]` integers.
+            keys: one per image.
+            index: in `[0, units)`, may be traced: restarts of the likeliest target come first.
+            loop: how steps are repeated, see `agr_jax.attacks.attack`.
+        """
+        radii = _LARGE_RADII if self.large_radii else (1.0,)
+        stages = [
+            dataclasses.replace(
+                self,
+                threat=dataclasses.replace(self.threat, epsilon=radius * self.threat.epsilon),
+                steps=count,
+                # Beyond the radius nothing counts: only the last stage may stop an image.
+                stop_when_fooled=self.stop_when_fooled and radius == radii[-1],
+            )
+            for radius, count in zip(radii, self._steps_of_stages(), strict=True)
+        ]
+        start, objective = _prepare(stages[0], logits_fn, images, labels, keys, index)
+        for stage in stages:
+            result = _search(stage, objective, images, start, warm=self.large_radii, loop=loop)
+            start = result.best_points
+        return Outcome(result.points, result.fooled, result.zero_gradient)
+
+    def _steps_of_stages(self) -> list[int]:
+        if not self.large_radii:
+            return [self.steps]
+        wide = [math.ceil(share * self.steps) for share in _SHARE_OF_STEPS]
+        return [*wide, self.steps - sum(wide)]
+
+    def trajectory(
+        self,
+        logits_fn: LogitsFn,
+        images: jax.Array,
+        labels: jax.Array,
+        start: jax.Array,
+        *,
+        target_classes: jax.Array | None = None,
+        warm: bool = False,
+    ) -> Trajectory:
+        """One run from a given start, with what it did in each step; for study and for tests.
+
+        Args:
+            logits_fn: of a network that is not randomised.
+            images: floats in [0, 1].
+            labels: `[batch]` integers.
+            start: points in the ball and the box.
+            target_classes: `[batch]` integers, which a targeted loss gets.
+            warm: under L1, take the first sparsity from the start, as after another radius.
+        """
+        check_inputs(images, labels)
+        return _trajectory(
+            self, as_pytree(logits_fn), images, labels, start, target_classes, warm=warm
+        )
+
+
+class Trajectory(NamedTuple):
+    """A run of APGD, step by step.
+
+    Attributes:
+        best_points: `[batch, ...]`, of highest loss.
+        best_loss: `[batch]`.
+        points: `[batch, ...]`, see `Outcome`.
+        loss: `[steps, batch]`, after each step.
+        fooled: booleans `[steps, batch]`: at the start or at an iterate so far.
+        step_size: `[steps, batch]`, used in each step.
+        sparsity: `[steps, batch]`, share of the pixels that each step moved; 1 but for L1.
+    """
+
+    best_points: jax.Array
+    best_loss: jax.Array
+    points: jax.Array
+    loss: jax.Array
+    fooled: jax.Array
+    step_size: jax.Array
+    sparsity: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """Loss, prediction and gradient at a batch of points."""
+
+    attack: APGD = dataclasses.field(metadata={"static": True})
+    logits_fn: LogitsFn
+    labels: jax.Array
+    target_classes: jax.Array | None
+    key: jax.Array | None
+
+    def at(self, points: jax.Array, step: jax.Array | int) -> tuple[Any, Any, Any]:
+        """Per-image loss, whether it is misclassified, and the gradient of the loss."""
+
+        def total(points: jax.Array, *key: jax.Array) -> tuple[jax.Array, Any]:
+            logits = self.logits_fn(points, *key)
+            loss = self.loss(logits)
+            return loss.sum(), (loss, jnp.argmax(logits, axis=1) != self.labels)
+
+        evaluate = jax.value_and_grad(total, has_aux=True)
+        if not self.attack.draws:
+            (_, (loss, wrong)), gradient = evaluate(points)
+            return loss, wrong, gradient
+        assert self.key is not None
+        keys = jax.random.split(jax.random.fold_in(self.key, step), self.attack.draws)
+
+        def add(summed: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+            (_, aux), gradient = evaluate(points, key)
+            return summed + gradient, aux
+
+        summed, (loss, wrong) = lax.scan(add, jnp.zeros_like(points), keys)
+        return loss[-1], wrong[-1], summed / self.attack.draws
+
+    def loss(self, logits: jax.Array) -> jax.Array:
+        if self.target_classes is None:
+            return (self.attack.loss or losses.cross_entropy)(logits, self.labels)
+        return (self.attack.loss or losses.targeted_dlr)(logits, self.labels, self.target_classes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_all(
+    attack: APGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> jax.Array:
+    keys = image_keys(key, images.shape[0])
+    logits = logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
+
+    def run(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        points, fooled = best
+        outcome = attack.unit(logits_fn, images, labels, keys, index)
+        points = jnp.where(expand(fooled, images), points, outcome.points)
+        return points, fooled | outcome.fooled
+
+    start = images, jnp.argmax(logits, axis=1) != labels
+    points, _ = lax.fori_loop(0, attack.units(logits.shape[1]), run, start)
+    return lax.stop_gradient(points)
+
+
+class _Found(NamedTuple):
+    """What a run has found so far."""
+
+    points: jax.Array
+    fooled: jax.Array
+    best_points: jax.Array
+    best_loss: jax.Array
+    best_gradient: jax.Array
+
+
+class _Result(NamedTuple):
+    points: jax.Array
+    fooled: jax.Array
+    zero_gradient: jax.Array
+    best_points: jax.Array
+    best_loss: jax.Array
+
+
+class _State(NamedTuple):
+    """Of the search: the current point, its gradient, what was found, and the step rule's own."""
+
+    points: jax.Array
+    gradient: jax.Array
+    found: _Found
+    rule: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(
+    attack: APGD,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    index: jax.Array | int,
+) -> tuple[jax.Array, _Objective]:
+    """The random start, and the loss with its target classes."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+    start = _random_start(attack.threat, keys, images)
+    classes = None
+    if attack.targets:
+        logits = logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
+        # The clean prediction is the label: the second likeliest class is the first target.
+        classes = jnp.argsort(logits, axis=1)[:, -2 - index // attack.restarts]
+    return start, _Objective(attack, logits_fn, labels, classes, keys[0])
+
+
+def _search(
+    attack: APGD,
+    objective: _Objective,
+    images: jax.Array,
+    start: jax.Array,
+    *,
+    warm: bool,
+    loop: Loop,
+) -> _Result:
+    rule: _Rule
+    if isinstance(attack.threat, L1):
+        rule = _Sparse(attack.threat, attack.steps, warm)
+    else:
+        rule = _Momentum(attack.threat, attack.steps, attack.rho)
+    step = _Step(rule, attack.stop_when_fooled, objective, images)
+    state, zero_gradient = _begin(step, start)
+    state = loop(step, state, attack.steps, _all_fooled if attack.stop_when_fooled else None)
+    found = state.found
+    points = jnp.where(expand(found.fooled, images), found.points, found.best_points)
+    return _Result(points, found.fooled, zero_gradient, found.best_points, found.best_loss)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="warm")
+def _trajectory(
+    attack: APGD,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    start: jax.Array,
+    target_classes: jax.Array | None,
+    *,
+    warm: bool,
+) -> Trajectory:
+    objective = _Objective(attack, logits_fn, labels, target_classes, None)
+    records = []
+
+    def recorded(step: _Step, state: _State, count: int, finished: Any) -> _State:
+        state, record = lax.scan(step.recorded, state, jnp.arange(count))
+        records.extend(record)
+        return state
+
+    result = _search(attack, objective, images, start, warm=warm, loop=recorded)
+    return Trajectory(result.best_points, result.best_loss, result.points, *records)
+
+
+def _all_fooled(state: _State) -> jax.Array:
+    return state.found.fooled.all()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One gradient step, the same program for every batch of a shape."""
+
+    rule: _Rule = dataclasses.field(metadata={"static": True})
+    stop_when_fooled: bool = dataclasses.field(metadata={"static": True})
+    objective: _Objective
+    images: jax.Array
+
+    def __call__(self, state: _State, index: jax.Array) -> _State:
+        return self.recorded(state, index)[0]
+
+    def recorded(self, state: _State, index: jax.Array) -> tuple[_State, Any]:
+        """The next state, and what a `Trajectory` keeps of the step."""
+        points, moved = self.rule.move(state.rule, self.images, state.points, state.gradient, index)
+        loss, wrong, gradient = self.objective.at(points, index + 1)
+        found = _update(self.stop_when_fooled, state.found, points, loss, wrong, gradient)
+        restart, checked = self.rule.check(moved, self.images, found, loss, index)
+        back = expand(restart, self.images)
+        next_state = _State(
+            points=jnp.where(back, found.best_points, points),
+            gradient=jnp.where(back, found.best_gradient, gradient),
+            found=found,
+            rule=checked,
+        )
+        return next_state, (loss, found.fooled, *self.rule.used(state.rule))
+
+
+@jax.jit
+def _begin(step: _Step, start: jax.Array) -> tuple[_State, jax.Array]:
+    """The state at the start, and where the loss has no gradient there."""
+    # Under L1 a start from a larger radius is pulled in; elsewhere it lies in the ball already.
+    start = step.rule.threat.project(start, step.images)
+    loss, wrong, gradient = step.objective.at(start, 0)
+    found = _Found(start, wrong, start, loss, gradient)
+    state = _State(start, gradient, found, step.rule.begin(step.images, start, loss))
+    return state, ~jnp.any(flatten(gradient) != 0, axis=1)
+
+
+def _update(
+    stop_when_fooled: bool,
+    found: _Found,
+    points: jax.Array,
+    loss: jax.Array,
+    wrong: jax.Array,
+    gradient: jax.Array,
+) -> _Found:
+    taken = wrong & ~found.fooled if stop_when_fooled else wrong
+    better = loss > found.best_loss
+    best = expand(better, points)
+    return _Found(
+        points=jnp.where(expand(taken, points), points, found.points),
+        fooled=found.fooled | wrong,
+        best_points=jnp.where(best, points, found.best_points),
+        best_loss=jnp.where(better, loss, found.best_loss),
+        best_gradient=jnp.where(best, gradient, found.best_gradient),
+    )
+
+
+class _MomentumState(NamedTuple):
+    previous: jax.Array  # the point before the last step
+    step_size: jax.Array
+    last_loss: jax.Array
+    increases: jax.Array  # of the loss since the last checkpoint
+    checked_loss: jax.Array  # best loss at the last checkpoint
+    halved: jax.Array  # at the last checkpoint
+
+
+class _Rule(Protocol):
+    """How an attack moves, and how it corrects itself."""
+
+    @property
+    def threat(self) -> Linf | L2 | L1: ...
+
+    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> Any:
+        """The rule's own state at the start."""
+        ...
+
+    def move(
+        self, state: Any, images: jax.Array, points: jax.Array, gradient: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """The next points."""
+        ...
+
+    def check(
+        self, state: Any, images: jax.Array, found: _Found, loss: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Which images go back to their best point, and the state with new step sizes."""
+        ...
+
+    def used(self, state: Any) -> tuple[jax.Array, jax.Array]:
+        """Step size and sparsity, for a `Trajectory`."""
+        ...
+
+
+class _Momentum(NamedTuple):
+    """L-infinity and L2: steepest steps with momentum, and a step size halved at checkpoints.
+
+    At a checkpoint an image's step is halved, and it goes back to its best point, if too few steps
+    since the last one raised its loss, or if its best loss and its step size are what they were.
+    """
+
+    threat: Linf | L2
+    steps: int
+    rho: float
+
+    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> _MomentumState:
+        zero = jnp.zeros_like(loss)
+        return _MomentumState(
+            previous=start,
+            step_size=jnp.full_like(loss, 2 * self.threat.epsilon),
+            # The published code compares the first loss with 0.
+            last_loss=zero,
+            increases=zero,
+            checked_loss=loss,
+            halved=jnp.ones_like(loss, bool),
+        )
+
+    def move(
+        self,
+        state: _MomentumState,
+        images: jax.Array,
+        points: jax.Array,
+        gradient: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, _MomentumState]:
+        share = jnp.where(step > 0, 0.75, 1.0).astype(points.dtype)
+        ahead = points + expand(state.step_size, points) * self.threat.ascent(gradient)
+        ahead = self.threat.project(ahead, images)
+        mixed = points + share * (ahead - points) + (1 - share) * (points - state.previous)
+        return self.threat.project(mixed, images), state._replace(previous=points)
+
+    def check(
+        self,
+        state: _MomentumState,
+        images: jax.Array,
+        found: _Found,
+        loss: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, _MomentumState]:
+        increases = state.increases + (loss > state.last_loss)
+        windows = _checkpoint_windows(self.steps)
+        window = jnp.asarray(windows, loss.dtype)[step]
+        due = window > 0
+        too_few = increases <= window * self.rho
+        stuck = ~state.halved & (state.checked_loss >= found.best_loss)
+        halve = due & (too_few | stuck)
+        return halve, state._replace(
+            step_size=jnp.where(halve, state.step_size / 2, state.step_size),
+            last_loss=loss,
+            increases=jnp.where(due, 0, increases),
+            checked_loss=jnp.where(due, found.best_loss, state.checked_loss),
+            halved=jnp.where(due, halve, state.halved),
+        )
+
+    def used(self, state: _MomentumState) -> tuple[jax.Array, jax.Array]:
+        return state.step_size, jnp.ones_like(state.step_size)
+
+
+class _SparseState(NamedTuple):
+    step_size: jax.Array
+    sparsity: jax.Array  # share of the pixels that a step moves
+    support: jax.Array  # pixels that the best point changed, at the last checkpoint
+
+
+class _Sparse(NamedTuple):
+    """L1: steps along the sign of the largest gradient entries, as many as the best point needs."""
+
+    threat: L1
+    steps: int
+    warm: bool
+
+    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> _SparseState:
+        pixels = flatten(images).shape[1]
+        if self.warm:
+            support = _support(start, images)
+            sparsity = support / pixels / 1.5
+        else:
+            support, sparsity = jnp.full_like(loss, pixels), jnp.full_like(loss, 0.2)
+        return _SparseState(jnp.full_like(loss, self.threat.epsilon), sparsity, support)
+
+    def move(
+        self,
+        state: _SparseState,
+        images: jax.Array,
+        points: jax.Array,
+        gradient: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, _SparseState]:
+        size = jnp.abs(flatten(gradient))
+        pixels = size.shape[1]
+        rank = jnp.clip((1 - state.sparsity) * pixels, 0, pixels - 1).astype(jnp.int32)
+        large = size >= kth_smallest(size, rank)[:, None]
+        direction = jnp.where(large, jnp.sign(flatten(gradient)), 0)
+        length = state.step_size / (jnp.abs(direction).sum(1) + 1e-10)
+        moved = points + (length[:, None] * direction).reshape(points.shape)
+        return self.threat.project(moved, images), state
+
+    def check(
+        self,
+        state: _SparseState,
+        images: jax.Array,
+        found: _Found,
+        loss: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, _SparseState]:
+        epsilon = self.threat.epsilon
+        due = (step + 1) % max(int(0.04 * self.steps), 1) == 0
+        support = _support(found.best_points, images)
+        sparser = support < 0.95 * state.support
+        shorter = jnp.clip(state.step_size / 1.5, epsilon / 10, epsilon)
+        checked = _SparseState(
+            step_size=jnp.where(sparser, epsilon, shorter),
+            sparsity=support / flatten(images).shape[1] / 1.5,
+            support=support,
+        )
+        return due & sparser, jax.tree.map(functools.partial(jnp.where, due), checked, state)
+
+    def used(self, state: _SparseState) -> tuple[jax.Array, jax.Array]:
+        return state.step_size, state.sparsity
+
+
+def _support(points: jax.Array, images: jax.Array) -> jax.Array:
+    """Number of pixels that differ, per image, in the dtype of the images."""
+    return (flatten(points) != flatten(images)).sum(1).astype(images.dtype)
+
+
+def _checkpoint_windows(steps: int) -> np.ndarray:
+    """For each step 0 if it ends at no checkpoint, else the number of steps since the last one."""
+    windows = np.zeros(steps)
+    window = max(int(0.22 * steps), 1)
+    end = window
+    while end <= steps:
+        windows[end - 1] = window
+        window = max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+        end += window
+    return windows
+
+
+def _random_start(threat: Linf | L2 | L1, keys: jax.Array, images: jax.Array) -> jax.Array:
+    """On the surface of the ball, before the box cuts it; under L1, noise projected into both."""
+    if isinstance(threat, L1):
+        return threat.project(images + gaussian_noise(keys, images), images)
+
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if isinstance(threat, Linf):
+            noise = jax.random.uniform(key, shape, images.dtype, -1, 1)
+            return noise / jnp.abs(noise).max()
+        noise = jax.random.normal(key, shape, images.dtype)
+        return noise / jnp.sqrt(jnp.sum(noise**2))
+
+    return jnp.clip(images + threat.epsilon * per_image(keys, images, draw), 0, 1)

@@ -1,0 +1,307 @@
+"""Fast Adaptive Boundary attack (FAB): the nearest misclassified point, by linearisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from agr_jax.attacks.attack import (
+    LogitsFn,
+    Loop,
+    Outcome,
+    as_pytree,
+    check_inputs,
+    loop_on_device,
+)
+from agr_jax.attacks.hyperplane import step_to_hyperplane
+from agr_jax.threat import L1, L2, Linf, expand, flatten, image_keys, per_image
+
+
+@dataclasses.dataclass(frozen=True)
+class FAB:
+    """Walks along the decision boundary towards the image; targeted, or to the nearest class.
+
+    Called as `attack(logits_fn, images, labels, key)`, under `jit` or not. Returns the nearest
+    misclassified point found where that is in the ball, and elsewhere the image itself.
+
+    Attributes:
+        threat: `Linf`, `L2` or `L1` ball; the search itself knows no radius.
+        targets: number of target classes, the likeliest wrong ones at the clean image first; at
+            most the number of classes minus one is used. 0 takes in each step the class whose
+            linearised boundary is nearest, which costs one gradient for each class.
+        steps: in each run.
+        restarts: runs (for each target class): the first one from the image, others from a random
+            point within half the radius.
+        alpha_max: largest weight of the step from the image against the step from the iterate.
+        overshoot: factor of a step to the boundary, above 1 to cross it.
+        backward: share of the way from the image that a misclassified iterate keeps.
+        stop_when_fooled: end once every image of the batch has a point in its ball; the verdict is
+            the same, the points are farther away.
+
+    Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary
+    attack", ICML 2020, algorithm 1, with the constants of its published code.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from agr_jax.attacks import fab
+        >>> from agr_jax.threat import L2
+        >>> images, labels = jnp.array([[[[0.6, 0.5]]]]), jnp.array([0])
+        >>> attack = fab(L2(0.1), targets=1)
+        >>> adversarial = attack(lambda x: x.reshape(-1, 2), images, labels, jax.random.key(0))
+        >>> adversarial.round(2).tolist()
+        [[[[0.550000011920929, 0.550000011920929]]]]
+    """
+
+    threat: Linf | L2 | L1
+    targets: int = 9
+    steps: int = 100
+    restarts: int = 1
+    alpha_max: float = 0.1
+    overshoot: float = 1.05
+    backward: float = 0.9
+    stop_when_fooled: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Linf | L2 | L1):
+            raise ValueError(f"FAB.threat must be Linf, L2 or L1, got {self.threat!r}")
+        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"FAB.{name} must be at least {least}, got {getattr(self, name)}")
+
+    def __call__(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
+
+        Args:
+            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
+            images: floats in [0, 1].
+            labels: `[batch]` integers.
+            key: one JAX key, or one per image.
+
+        Raises:
+            ValueError: if images or labels have the wrong dtype, shape or range.
+        """
+        points, distance = self.nearest(logits_fn, images, labels, key)
+        return jnp.where(expand(distance <= self.threat.epsilon, images), points, images)
+
+    def nearest(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The nearest misclassified points, in the ball or not, and their distances `[batch]`.
+
+        The distance is 0 where the image itself is misclassified; where nothing was found it is
+        infinite, and the point is the image. Arguments and errors as `__call__`.
+        """
+        check_inputs(images, labels)
+        return _nearest(self, as_pytree(logits_fn), images, labels, key)
+
+    def units(self, num_classes: int) -> int:
+        """Number of runs: restarts, times target classes."""
+        return self.restarts * (min(self.targets, num_classes - 1) if self.targets else 1)
+
+    def unit(
+        self,
+        logits_fn: LogitsFn,
+        images: jax.Array,
+        labels: jax.Array,
+        keys: jax.Array,
+        index: jax.Array | int,
+        loop: Loop = loop_on_device,
+    ) -> Outcome:
+        """One run; see `APGD.unit`."""
+        found = _run(self, logits_fn, images, labels, keys, index, loop)
+        return Outcome(
+            points=jnp.where(expand(found.in_ball, images), found.points, images),
+            fooled=found.in_ball,
+            zero_gradient=jnp.zeros_like(found.in_ball),
+        )
+
+
+class _Found(NamedTuple):
+    points: jax.Array
+    distance: jax.Array
+    in_ball: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nearest(
+    attack: FAB, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    keys = image_keys(key, images.shape[0])
+    logits = logits_fn(images)
+    wrong = jnp.argmax(logits, axis=1) != labels
+
+    def run(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        points, distance = best
+        found = _run(attack, logits_fn, images, labels, keys, index, loop_on_device)
+        nearer = found.distance < distance
+        return (
+            jnp.where(expand(nearer, images), found.points, points),
+            jnp.where(nearer, found.distance, distance),
+        )
+
+    distance = jnp.where(wrong, 0, jnp.inf).astype(images.dtype)
+    best = lax.fori_loop(0, attack.units(logits.shape[1]), run, (images, distance))
+    return lax.stop_gradient(best)
+
+
+def _run(
+    attack: FAB,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    index: jax.Array | int,
+    loop: Loop,
+) -> _Found:
+    start, step = _prepare(attack, logits_fn, images, labels, keys, index)
+    finished = _all_in_ball if attack.stop_when_fooled else None
+    _, found = loop(step, (start, _nothing(images)), attack.steps, finished)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(
+    attack: FAB,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    index: jax.Array | int,
+) -> tuple[jax.Array, _Step]:
+    targets = None
+    if attack.targets:
+        # The clean prediction is the label: the second likeliest class is the first target.
+        targets = jnp.argsort(logits_fn(images), axis=1)[:, -2 - index // attack.restarts]
+    start = images
+    if attack.restarts > 1:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        first = index % attack.restarts == 0
+        start = jnp.where(first, images, _random_start(attack.threat, keys, images))
+    return start, _Step(attack, logits_fn, images, labels, targets)
+
+
+def _nothing(images: jax.Array) -> _Found:
+    examples = images.shape[:1]
+    return _Found(images, jnp.full(examples, jnp.inf, images.dtype), jnp.zeros(examples, bool))
+
+
+def _all_in_ball(state: tuple[jax.Array, _Found]) -> jax.Array:
+    return state[1].in_ball.all()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One step to the boundary and back."""
+
+    attack: FAB = dataclasses.field(metadata={"static": True})
+    logits_fn: LogitsFn
+    images: jax.Array
+    labels: jax.Array
+    targets: jax.Array | None
+
+    def __call__(
+        self, state: tuple[jax.Array, _Found], index: jax.Array
+    ) -> tuple[jax.Array, _Found]:
+        points, found = state
+        attack, images, threat = self.attack, self.images, self.attack.threat
+        difference, gradient = _nearest_boundary(
+            threat, self.logits_fn, points, self.labels, self.targets
+        )
+        weights, here, flat_images = flatten(gradient), flatten(points), flatten(images)
+        # The same hyperplane, seen from the iterate and from the image.
+        from_image = difference + (weights * (flat_images - here)).sum(1)
+        step_here = step_to_hyperplane(threat, here, weights, difference)
+        step_image = step_to_hyperplane(threat, flat_images, weights, from_image)
+        length_here = jnp.maximum(_norm(threat, step_here), 1e-8)
+        length_image = jnp.maximum(_norm(threat, step_image), 1e-8)
+        alpha = jnp.minimum(length_here / (length_here + length_image), attack.alpha_max)[:, None]
+        ahead = (1 - alpha) * (here + attack.overshoot * step_here)
+        ahead += alpha * (flat_images + attack.overshoot * step_image)
+        moved = jnp.clip(ahead, 0, 1).reshape(images.shape)
+        wrong = jnp.argmax(self.logits_fn(moved), axis=1) != self.labels
+        distance = threat.distance(moved, images)
+        nearer = wrong & (distance < found.distance)
+        best = _Found(
+            points=jnp.where(expand(nearer, images), moved, found.points),
+            distance=jnp.where(nearer, distance, found.distance),
+            in_ball=found.in_ball | (wrong & (distance <= threat.epsilon)),
+        )
+        back = images + attack.backward * (moved - images)
+        return jnp.where(expand(wrong, images), back, moved), best
+
+
+def _nearest_boundary(
+    threat: Linf | L2 | L1,
+    logits_fn: LogitsFn,
+    points: jax.Array,
+    labels: jax.Array,
+    targets: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The logit of a class minus the label's, and its gradient: the target's, or the nearest's."""
+    rows = jnp.arange(labels.shape[0])
+    if targets is not None:
+
+        def total(points: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = logits_fn(points)
+            difference = logits[rows, targets] - logits[rows, labels]
+            return difference.sum(), difference
+
+        gradient, difference = jax.grad(total, has_aux=True)(points)
+        return difference, gradient
+
+    logits, pull_back = jax.vjp(logits_fn, points)
+    num_classes = logits.shape[1]
+    is_label = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+
+    def of_class(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one_hot = jax.nn.one_hot(jnp.broadcast_to(index, labels.shape), num_classes)
+        (gradient,) = pull_back(one_hot.astype(logits.dtype) - is_label)
+        return logits[:, index] - logits[rows, labels], gradient
+
+    def nearest(best: Any, index: jax.Array) -> tuple[Any, None]:
+        difference, gradient = of_class(index)
+        distance = jnp.abs(difference) / (1e-12 + _dual_norm(threat, flatten(gradient)))
+        distance = jnp.where(index == labels, jnp.inf, distance)
+        nearer = distance < best[0]
+        chosen = (
+            jnp.where(nearer, distance, best[0]),
+            jnp.where(nearer, difference, best[1]),
+            jnp.where(expand(nearer, points), gradient, best[2]),
+        )
+        return chosen, None
+
+    infinite = jnp.full(labels.shape, jnp.inf, points.dtype)
+    start = infinite, jnp.zeros_like(infinite), jnp.zeros_like(points)
+    (_, difference, gradient), _ = lax.scan(nearest, start, jnp.arange(num_classes))
+    return difference, gradient
+
+
+def _norm(threat: Linf | L2 | L1, rows: jax.Array) -> jax.Array:
+    return threat.distance(rows, jnp.zeros_like(rows))
+
+
+def _dual_norm(threat: Linf | L2 | L1, rows: jax.Array) -> jax.Array:
+    dual = {Linf: L1, L2: L2, L1: Linf}[type(threat)]
+    return _norm(dual(0.0), rows)
+
+
+def _random_start(threat: Linf | L2 | L1, keys: jax.Array, images: jax.Array) -> jax.Array:
+    """At half the radius in a random direction, cut by the box."""
+
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if isinstance(threat, Linf):
+            return jax.random.uniform(key, shape, images.dtype, -1, 1)
+        return jax.random.normal(key, shape, images.dtype)
+
+    direction = per_image(keys, images, draw)
+    length = _norm(threat, flatten(direction))
+    factor = expand(0.5 * threat.epsilon / length, images)
+    return jnp.clip(images + factor * direction, 0, 1)

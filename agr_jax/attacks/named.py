@@ -1,0 +1,144 @@
+"""Attacks by the names that configs and tables use.
+
+| name | attack |
+|---|---|
+| `clean` | none |
+| `fgsm` | FGSM |
+| `ifgsm<n>` | n steps of epsilon / n from the image |
+| `pgd<n>`, `pgd<n>x<r>` | n steps, from r random starts; under L1 the dense gradient |
+| `slide<n>` | under L1: the sign of the largest 1 % of the gradient (SLIDE) |
+| `cw<n>` | PGD on the margin, the "CW-inf" of adversarial training papers |
+| `spsa`, `spsa<n>` | SPSA, n steps of Adam (100) |
+| `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t`, `square` | one attack of AutoAttack, alone |
+| `autoattack`, `autoattack-plus` | AutoAttack |
+| `fast` | APGD-CE and targeted APGD, which is not AutoAttack |
+
+`@linf`, `@l2` or `@l1` behind a name asks for another norm than the run's: `pgd20@l2`. `table1` and
+`table2` stand for the columns of the paper's tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agr_jax import losses
+from agr_jax.attacks.attack import Attack
+from agr_jax.attacks.autoattack import ATTACKS, AutoAttack
+from agr_jax.attacks.pgd import FGSM, PGD, ifgsm
+from agr_jax.attacks.spsa import SPSA
+from agr_jax.errors import ConfigError
+from agr_jax.threat import L1, L2, Linf
+
+TABLES = {
+    "table1": ("clean", "fgsm", "pgd20", "pgd100", "cw20", "autoattack"),
+    "table2": ("clean", "pgd20@l2", "pgd20@l1", "slide20@l1"),
+}
+_NORMS: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
+_VERSIONS: dict[str, Any] = {
+    "autoattack": "standard",
+    "autoattack-plus": "plus",
+    "fast": "fast",
+}
+_ITERATIVE = re.compile(
+    r"(?P<kind>pgd|ifgsm|slide|cw)(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?"
+)
+
+
+def names(asked: Sequence[str]) -> list[str]:
+    """The names with each table's put in its place, once each."""
+    spelled_out = [inner for name in asked for inner in TABLES.get(name, (name,))]
+    return list(dict.fromkeys(spelled_out))
+
+
+def title(name: str) -> str:
+    """What a table calls an attack."""
+    plain, _, norm = name.partition("@")
+    if plain == "clean":
+        shown = plain
+    elif plain.startswith("autoattack"):
+        shown = plain.replace("autoattack", "AutoAttack").replace("-", " ")
+    elif plain == "fast":
+        shown = "fast (not AutoAttack)"
+    elif plain.startswith("cw"):
+        shown = f"CW-inf-{plain[2:]}"
+    else:
+        shown = re.sub(r"^([A-Z]+)(\d)", r"\1-\2", plain.upper())
+    return f"{shown}, {norm.capitalize()}" if norm else shown
+
+
+def make(
+    name: str, *, norm: str, radii: Mapping[str, float], step_size: float, batch_size: int
+) -> Attack | None:
+    """An attack by its name.
+
+    Args:
+        name: see above.
+        norm: the run's, `linf`, `l2` or `l1`.
+        radii: by norm.
+        step_size: of PGD and CW under the run's norm; under others it is `2.5 epsilon / steps`.
+        batch_size: of AutoAttack.
+
+    Raises:
+        ConfigError: on another name.
+    """
+    if name == "clean":
+        return None
+    plain, _, other = name.partition("@")
+    if (other or norm) not in _NORMS:
+        raise _unknown(name)
+    threat = _NORMS[other or norm](radii[other or norm])
+    if plain == "fgsm":
+        return FGSM(threat)
+    match = _ITERATIVE.fullmatch(plain)
+    if match is not None:
+        return _iterative(name, match, threat, step_size if (other or norm) == norm else None)
+    if match := re.fullmatch(r"spsa([1-9]\d*)?", plain):
+        return SPSA(threat, steps=int(match[1] or 100))
+    if plain in _VERSIONS:
+        return AutoAttack(threat, version=_VERSIONS[plain], batch_size=batch_size)
+    if plain in ATTACKS:
+        return AutoAttack(threat, version="custom", attacks=(plain,), batch_size=batch_size)
+    raise _unknown(name)
+
+
+def _iterative(
+    name: str, match: re.Match[str], threat: Linf | L2 | L1, step_size: float | None
+) -> PGD:
+    kind, steps, restarts = match["kind"], int(match["steps"]), int(match["restarts"] or 1)
+    if kind == "ifgsm":
+        return ifgsm(threat, steps)
+    if kind == "slide" and not isinstance(threat, L1):
+        raise ConfigError(f"config.eval.attacks: {name!r} is for L1 alone: slide{steps}@l1")
+    if isinstance(threat, L1):
+        threat = dataclasses.replace(threat, sparsity=0.99 if kind == "slide" else None)
+    loss = losses.margin if kind == "cw" else losses.cross_entropy
+    return PGD(threat, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
+
+
+def describe(attack: Attack | None) -> dict[str, Any]:
+    """An attack's settings as numbers and strings, for JSON."""
+    if attack is None:
+        return {}
+    assert dataclasses.is_dataclass(attack)
+    settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
+    plain = {
+        name: getattr(value, "__name__", None) or (repr(value) if _is_object(value) else value)
+        for name, value in settings.items()
+    }
+    return {"attack": type(attack).__name__, **plain}
+
+
+def _is_object(value: Any) -> bool:
+    return not isinstance(value, str | int | float | tuple | None)
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        "config.eval.attacks: must be of clean, fgsm, ifgsm<steps>, pgd<steps>, "
+        "pgd<steps>x<restarts>, slide<steps>, cw<steps>, spsa, autoattack, autoattack-plus, fast, "
+        f"{', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for another norm, table1 and table2; "
+        f"got {name!r}"
+    )

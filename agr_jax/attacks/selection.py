@@ -1,0 +1,64 @@
+"""Exact selection in rows of non-negative floats, without sorting them.
+
+The bits of non-negative floats, read as integers, have the order of the floats. Bisection on them
+takes as many passes as a float has bits, each a count or a sum along the row: on every backend
+faster than a sort of thousands of pixels, and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def kth_smallest(values: jax.Array, rank: jax.Array) -> jax.Array:
+    """The entry at `rank` of each row in ascending order.
+
+    Args:
+        values: `[batch, n]`, finite and >= 0.
+        rank: integers `[batch]` in `[0, n)`.
+
+    Returns:
+        `[batch]`, entries of `values`.
+    """
+    return _least(values, lambda level: (values <= level[:, None]).sum(1) > rank)
+
+
+def largest_level(values: jax.Array, weights: jax.Array, total: jax.Array) -> jax.Array:
+    """The largest level such that the weights of the entries at or above it sum to `total`.
+
+    Args:
+        values: `[batch, n]`, finite and >= 0.
+        weights: `[batch, n]`, >= 0.
+        total: `[batch]`, > 0.
+
+    Returns:
+        `[batch]`: an entry of each row of `values`, or 0 where all its weights together are less
+        than `total`.
+    """
+
+    def too_high(level: jax.Array) -> jax.Array:
+        return jnp.where(values > level[:, None], weights, 0).sum(1) < total
+
+    return _least(values, too_high)
+
+
+def _least(values: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The least float in [0, row's maximum] for which a condition holds that holds ever after."""
+    integer = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
+
+    def unfinished(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.any(bounds[0] < bounds[1])
+
+    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        true = holds(lax.bitcast_convert_type(middle, values.dtype))
+        return jnp.where(true, low, middle + 1), jnp.where(true, middle, high)
+
+    highest = lax.bitcast_convert_type(values.max(1), integer)
+    low, _ = lax.while_loop(unfinished, halve, (jnp.zeros_like(highest), highest))
+    return lax.bitcast_convert_type(low, values.dtype)
