@@ -1,0 +1,253 @@
+"""What every attack promises: ball, box, shape, dtype, any batch, any number of classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agr_jax import losses
+from agr_jax.attacks import apgd, autoattack, cw_inf, fab, fgsm, ifgsm, pgd, spsa, square
+from agr_jax.threat import L1, L2, Linf
+
+THREATS = {"Linf": Linf(0.06), "L2": L2(0.3), "L1": L1(2.0)}
+ATTACKS = {
+    "fgsm": fgsm,
+    "ifgsm": ifgsm,
+    "pgd": lambda threat: pgd(threat, steps=5),
+    "restarts": lambda threat: pgd(threat, steps=3, restarts=3),
+    "cw": lambda threat: cw_inf(threat, steps=5),
+    "apgd": lambda threat: apgd(threat, steps=12, restarts=2),
+    "apgd-first": lambda threat: apgd(threat, steps=12, stop_when_fooled=True),
+    "apgd-margin-targets": lambda threat: apgd(
+        threat, loss=losses.targeted_margin, targets=9, steps=8
+    ),
+    "fab": lambda threat: fab(threat, targets=0, steps=8, restarts=2),
+    "fab-t": lambda threat: fab(threat, steps=8),
+    "square": lambda threat: square(threat, queries=60),
+    "spsa": lambda threat: spsa(threat, steps=3, samples=10, directions_at_once=3),
+}
+by_attack = pytest.mark.parametrize("name", ATTACKS)
+by_threat = pytest.mark.parametrize("norm", THREATS)
+
+
+def network(shape, num_classes, seed=0):
+    """A small network with a hidden layer, for images of any shape."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    pixels = int(np.prod(shape))
+    hidden = jax.random.normal(keys[0], (pixels, 16)) / pixels**0.5
+    out = jax.random.normal(keys[1], (16, num_classes))
+    return jax.tree_util.Partial(
+        lambda weights, x: jnp.tanh(4 * (x.reshape(len(x), -1) - 0.5) @ weights[0]) @ weights[1],
+        (hidden, out),
+    )
+
+
+def examples(batch, shape, num_classes):
+    rng = np.random.default_rng(0)
+    images = np.clip(rng.uniform(-0.2, 1.2, (batch, *shape)), 0, 1).astype(np.float32)
+    logits_fn = network(shape, num_classes)
+    labels = np.array(jnp.argmax(logits_fn(images), 1), np.int32)
+    labels[0] = (labels[0] + 1) % num_classes  # one image is misclassified without an attack
+    return logits_fn, jnp.asarray(images), jnp.asarray(labels)
+
+
+def check(threat, images, adversarial):
+    assert adversarial.shape == images.shape
+    assert adversarial.dtype == images.dtype
+    assert float(adversarial.min()) >= 0
+    assert float(adversarial.max()) <= 1
+    distance = np.asarray(threat.distance(adversarial, images))
+    assert (distance <= threat.epsilon * (1 + 1e-5)).all(), distance
+
+
+@by_attack
+@by_threat
+def test_ball_box_and_dtype_on_an_odd_batch(name, norm):
+    threat = THREATS[norm]
+    logits_fn, images, labels = examples(7, (6, 5, 3), 10)
+    attack = ATTACKS[name](threat)
+    adversarial = attack(logits_fn, images, labels, jax.random.key(0))
+    check(threat, images, adversarial)
+    robust = jnp.argmax(logits_fn(adversarial), 1) == labels
+    assert int(robust.sum()) <= 6  # the misclassified image stays so
+    assert not bool(robust[0]) or name in ("fgsm", "ifgsm", "pgd", "restarts", "cw", "spsa")
+
+
+@by_attack
+@pytest.mark.parametrize(("num_classes", "batch"), [(2, 1), (3, 2)])
+def test_few_classes_and_small_batches(name, num_classes, batch):
+    logits_fn, images, labels = examples(batch, (4, 4, 1), num_classes)
+    check(
+        THREATS["Linf"],
+        images,
+        ATTACKS[name](THREATS["Linf"])(logits_fn, images, labels, jax.random.key(0)),
+    )
+
+
+@by_attack
+def test_draws_do_not_depend_on_the_batch(name):
+    """With one key for each image, an image's result is the same alone and among others."""
+    logits_fn, images, labels = examples(6, (5, 5, 2), 4)
+    keys = jax.random.split(jax.random.key(3), 6)
+    attack = ATTACKS[name](THREATS["L2"])
+    together = attack(logits_fn, images, labels, keys)
+    apart = jnp.concatenate(
+        [
+            attack(logits_fn, images[i : i + 2], labels[i : i + 2], keys[i : i + 2])
+            for i in (0, 2, 4)
+        ]
+    )
+    np.testing.assert_allclose(together, apart, atol=2e-5)
+
+
+@by_attack
+def test_inside_jit_and_twice(name):
+    logits_fn, images, labels = examples(3, (4, 4, 1), 5)
+    attack = ATTACKS[name](THREATS["Linf"])
+    direct = attack(logits_fn, images, labels, jax.random.key(0))
+    inside = jax.jit(attack)(logits_fn, images, labels, jax.random.key(0))
+    np.testing.assert_allclose(direct, inside, atol=1e-6)
+    np.testing.assert_array_equal(direct, attack(logits_fn, images, labels, jax.random.key(0)))
+
+
+@by_attack
+def test_wrong_inputs_are_named(name):
+    logits_fn, images, labels = examples(3, (4, 4, 1), 5)
+    attack, key = ATTACKS[name](THREATS["Linf"]), jax.random.key(0)
+    with pytest.raises(ValueError, match=r"in \[0, 1\].*uint8"):
+        attack(logits_fn, (images * 255).astype(jnp.uint8), labels, key)
+    with pytest.raises(ValueError, match=r"\[0, 1\], got values from 0\.0 to 255"):
+        attack(logits_fn, images * 255, labels, key)
+    with pytest.raises(ValueError, match="nan"):
+        attack(logits_fn, images.at[0, 0].set(jnp.nan), labels, key)
+    with pytest.raises(ValueError, match=r"labels must be integers of shape \(3,\)"):
+        attack(logits_fn, images, labels[:2], key)
+    with pytest.raises(ValueError, match="labels must be integers"):
+        attack(logits_fn, images, labels.astype(jnp.float32), key)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: apgd(Linf(0.1), steps=0), r"APGD\.steps .* got 0"),
+        (lambda: apgd(Linf(0.1), large_radii=True), r"APGD\.large_radii is for L1"),
+        (lambda: apgd(0.1), r"APGD\.threat must be"),
+        (lambda: apgd(Linf(0.1), rho=2), r"APGD\.rho"),
+        (lambda: fab(Linf(0.1), restarts=0), r"FAB\.restarts"),
+        (lambda: fab("Linf"), r"FAB\.threat"),
+        (lambda: square(Linf(0.1), queries=0), r"Square\.queries"),
+        (lambda: square(Linf(0.1), initial_share=0), r"Square\.initial_share"),
+        (lambda: square(8 / 255), r"Square\.threat"),
+        (lambda: spsa(Linf(0.1), samples=3), r"SPSA\.samples must be even"),
+        (lambda: spsa(Linf(0.1), delta=0), r"SPSA\.delta"),
+        (lambda: spsa(Linf(0.1), steps=0), r"SPSA\.steps"),
+        (lambda: pgd(Linf(0.1), restarts=0), r"PGD\.restarts"),
+        (lambda: pgd(Linf(0.1), restarts=2, random_start=False), r"every restart is the same"),
+        (lambda: autoattack(0.1), r"AutoAttack\.threat"),
+        (lambda: autoattack(Linf(0.1), version="best"), r"AutoAttack\.version .* got 'best'"),
+        (lambda: autoattack(Linf(0.1), attacks=("square",)), r'goes with version="custom"'),
+        (lambda: autoattack(Linf(0.1), version="custom"), r'goes with version="custom"'),
+        (lambda: autoattack(Linf(0.1), version="custom", attacks=("pgd",)), r"different ones of"),
+        (lambda: autoattack(Linf(0.1), batch_size=0), r"AutoAttack\.batch_size"),
+    ],
+)
+def test_wrong_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- oracles
+
+
+def linear(num_classes=3, shape=(4, 4, 2), seed=1):
+    weights = np.random.default_rng(seed).normal(size=(int(np.prod(shape)), num_classes))
+    weights = jnp.asarray(weights, jnp.float32)
+    logits_fn = jax.tree_util.Partial(lambda w, x: x.reshape(len(x), -1) @ w, weights)
+    images = jnp.asarray(np.random.default_rng(2).uniform(0.45, 0.55, (5, *shape)), jnp.float32)
+    labels = jnp.argmax(logits_fn(images), 1)
+    return logits_fn, np.array(weights, np.float64), images, labels
+
+
+def boundary_distances(weights, images, labels, dual):
+    """Distance to the nearest other class, in closed form away from the box."""
+    logits = np.asarray(images, np.float64).reshape(len(images), -1) @ weights
+    best = []
+    for row, label in zip(logits, np.asarray(labels), strict=True):
+        slopes = weights - weights[:, [label]]
+        gaps = row[label] - row
+        lengths = np.linalg.norm(slopes, dual, axis=0)
+        best.append(
+            min(g / n for j, (g, n) in enumerate(zip(gaps, lengths, strict=True)) if j != label)
+        )
+    return np.asarray(best)
+
+
+@pytest.mark.parametrize(("threat", "dual"), [(Linf(0.1), 1), (L2(0.5), 2), (L1(3.0), np.inf)])
+@pytest.mark.parametrize("targets", [0, 9])
+def test_fab_finds_the_boundary_of_a_linear_network(threat, dual, targets):
+    logits_fn, weights, images, labels = linear()
+    attack = fab(threat, targets=targets, overshoot=1.0001, steps=30)
+    _, distance = attack.nearest(logits_fn, images, labels, jax.random.key(0))
+    exact = boundary_distances(weights, images, labels, dual)
+    np.testing.assert_allclose(distance, exact, rtol=1e-3)
+    # With an overshoot of a ten-thousandth the point lies that far beyond the boundary.
+    np.testing.assert_allclose(distance, 1.0001 * exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("threat", "dual"), [(Linf(0.1), 1), (L2(0.3), 2), (L1(0.3), np.inf)])
+def test_apgd_reaches_the_maximum_of_a_linear_network(threat, dual):
+    logits_fn, weights, images, _ = linear(num_classes=2)
+    if isinstance(threat, L1):
+        # Two thirds of the pixels that the best point moves, rounded up, move in a step: never
+        # fewer than two. So two pixels are made the steepest ones.
+        weights[:2] = [[2.0, -2.0], [-2.0, 2.0]]
+        logits_fn = jax.tree_util.Partial(
+            lambda w, x: x.reshape(len(x), -1) @ w, jnp.asarray(weights, jnp.float32)
+        )
+    labels = jnp.asarray([0, 1, 0, 1, 0])
+    attack = apgd(threat, loss=losses.margin)
+    start = threat.project(images + 0.01, images)
+    run = attack.trajectory(logits_fn, images, labels, start)
+    gain = np.asarray(run.best_loss - losses.margin(logits_fn(images), labels))
+    exact = threat.epsilon * np.linalg.norm(weights[:, 1] - weights[:, 0], dual)
+    np.testing.assert_allclose(gain, exact, rtol=1e-4)
+
+
+def certified_margin(layers, images, labels, epsilon):
+    """Largest margin that interval arithmetic allows in an L-infinity ball."""
+    flat = np.asarray(images, np.float64).reshape(len(images), -1)
+    low, high = np.clip(flat - epsilon, 0, 1), np.clip(flat + epsilon, 0, 1)
+    for index, (weight, bias) in enumerate(layers):
+        positive, negative = np.maximum(weight, 0), np.minimum(weight, 0)
+        low, high = low @ positive + high @ negative + bias, high @ positive + low @ negative + bias
+        if index == 0:
+            low, high = np.maximum(low, 0), np.maximum(high, 0)
+    rows = np.arange(len(labels))
+    others = high.copy()
+    others[rows, labels] = -np.inf
+    return others.max(1) - low[rows, labels]
+
+
+@by_attack
+def test_no_attack_goes_beyond_a_certified_bound(name):
+    rng = np.random.default_rng(5)
+    layers = [
+        (rng.normal(size=(32, 12)) / 8, 0.1 * rng.normal(size=12)),
+        (rng.normal(size=(12, 4)), 0.1 * rng.normal(size=4)),
+    ]
+    weights = [(jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)) for w, b in layers]
+
+    def forward(layers, x):
+        (first, bias), (second, other) = layers
+        return jax.nn.relu(x.reshape(len(x), -1) @ first + bias[None]) @ second + other[None]
+
+    logits_fn = jax.tree_util.Partial(forward, weights)
+    images = jnp.asarray(rng.uniform(0, 1, (40, 4, 4, 2)), jnp.float32)
+    labels = jnp.argmax(logits_fn(images), 1)
+    epsilon = 0.01
+    bound = certified_margin(layers, images, np.asarray(labels), epsilon)
+    attack = ATTACKS[name](Linf(epsilon))
+    margin = losses.margin(logits_fn(attack(logits_fn, images, labels, jax.random.key(0))), labels)
+    assert (np.asarray(margin) <= bound + 1e-5).all()
+    assert (bound < 0).sum() >= 10  # some images are certified, so that the test can fail
+    assert (bound > 0).sum() >= 5

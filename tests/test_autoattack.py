@@ -1,0 +1,379 @@
+"""AutoAttack: the reference's verdicts, resuming, batches, devices, compilation, and its checks."""
+
+import dataclasses
+import itertools
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_networks import trained_network
+from test_golden_attacks import stored_images
+
+from agr_jax import mesh
+from agr_jax.attacks import EvaluationWarning, autoattack, journal
+from agr_jax.attacks.autoattack import _batch_shapes, _pack
+from agr_jax.errors import EvaluationStateError
+from agr_jax.threat import L1, L2, Linf
+
+SEQUENCE = {"apgd-ce": "apgd_ce", "apgd-t": "apgd_t", "fab-t": "fab_t", "square": "square"}
+KEY = jax.random.key(0)
+
+
+# ---- the reference's verdicts
+
+
+def compare(golden, name, file, threat, examples=None):
+    """Counts in images as golden/README.md allows: 5 after APGD-CE, then 2; at most 0.5 % of the
+    images on which the reference's own seeds agree."""
+    stored = golden(f"autoattack_{name}_{file}.npz")
+    logits_fn = trained_network(golden(f"weights_{name}.npz"))
+    images, labels = stored_images(golden, stored, name.split("_")[0])
+    images, labels = images[:examples], labels[:examples]
+    result = autoattack(threat).evaluate(logits_fn, images, labels, KEY, progress=False)
+    masks = {ours: stored[f"seq_{key}"][:examples].astype(bool) for ours, key in SEQUENCE.items()}
+    np.testing.assert_array_equal(
+        result.robust_after["clean"], stored["clean"][:examples].astype(bool)
+    )
+    for attack, reference in masks.items():
+        difference = int(result.robust_after[attack].sum()) - int(reference.sum())
+        assert abs(difference) <= (5 if attack == "apgd-ce" else 2), (attack, difference)
+    seeds = [stored[f"seq_apgd_t{seed}"][:examples] for seed in ("", "_seed1", "_seed2")]
+    agreed = (seeds[0] == seeds[1]) & (seeds[0] == seeds[2])
+    differing = (result.robust_after["apgd-t"] != masks["apgd-t"]) & agreed
+    print(f"{name} {file}: differing on agreed images {np.flatnonzero(differing).tolist()}")
+    assert differing.sum() <= 0.005 * agreed.sum()
+    consistent(result, logits_fn, images, labels, threat)
+    return result
+
+
+def consistent(result, logits_fn, images, labels, threat):
+    """What is returned agrees with what is printed."""
+    points = jnp.asarray(result.adversarial)
+    fooled = result.robust_after["clean"] & ~result.robust
+    predictions = np.asarray(jnp.argmax(logits_fn(points), 1))
+    assert (predictions[fooled] != np.asarray(labels)[fooled]).all()
+    assert (predictions[result.robust] == np.asarray(labels)[result.robust]).all()
+    np.testing.assert_array_equal(points[~fooled], images[~fooled])
+    np.testing.assert_array_equal(result.predictions == np.asarray(labels), result.robust)
+    assert float(threat.distance(points, images).max()) <= threat.epsilon * (1 + 1e-5)
+    assert points.min() >= 0
+    assert points.max() <= 1
+    masks = list(result.robust_after.values())
+    assert all((after <= before).all() for before, after in itertools.pairwise(masks))
+
+
+def test_verdicts_on_the_first_images(golden):
+    compare(golden, "cifar_cnn_a_adv", "Linf_8", Linf(8 / 255), examples=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file", "threat"),
+    [
+        ("cifar_cnn_a_adv", "Linf_8", Linf(8 / 255)),
+        ("cifar_cnn_a_adv", "Linf_2", Linf(2 / 255)),
+        ("cifar_cnn_a_adv", "L2_0.5", L2(0.5)),
+        ("cifar_cnn_a_adv", "L1_12", L1(12.0)),
+        ("mnist_pgd_madry", "Linf_0.3", Linf(0.3)),
+    ],
+)
+# On the MNIST network Square finds what gradients do not: the reference warns of it too.
+@pytest.mark.filterwarnings("ignore::agr_jax.attacks.EvaluationWarning")
+def test_verdicts_of_whole_evaluations(golden, name, file, threat):
+    compare(golden, name, file, threat)
+
+
+# ---- a network small enough to evaluate in seconds
+
+
+def small_network(seed=0, num_classes=5):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    weights = (
+        jax.random.normal(keys[0], (6 * 6 * 2, 24)) / 6,
+        jax.random.normal(keys[1], (24, num_classes)),
+    )
+    return jax.tree_util.Partial(_small_logits, weights)
+
+
+def _small_logits(weights, images):
+    hidden = jax.nn.relu((images.reshape(len(images), -1) - 0.5) @ weights[0])
+    return hidden @ weights[1]
+
+
+@pytest.fixture(scope="module")
+def small():
+    logits_fn = small_network()
+    images = np.random.default_rng(0).uniform(0, 1, (41, 6, 6, 2)).astype(np.float32)
+    labels = np.array(jnp.argmax(logits_fn(images), 1))
+    labels[::7] = (labels[::7] + 1) % 5
+    return logits_fn, images, labels
+
+
+ATTACK = autoattack(Linf(0.02), batch_size=20)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small):
+    return ATTACK.evaluate(*small, KEY, progress=False)
+
+
+def same(left, right):
+    np.testing.assert_array_equal(left.adversarial, right.adversarial)
+    np.testing.assert_array_equal(left.predictions, right.predictions)
+    for name, mask in left.robust_after.items():
+        np.testing.assert_array_equal(mask, right.robust_after[name])
+
+
+def test_result_is_consistent(small, undisturbed):
+    consistent(undisturbed, *small, ATTACK.threat)
+    assert 0 < undisturbed.robust.sum() < 35
+    as_dict = json.loads(json.dumps(undisturbed.as_dict()))
+    assert as_dict["title"] == "AutoAttack"
+    assert as_dict["accuracy"] == undisturbed.robust_accuracy == undisturbed.robust.mean()
+    assert list(as_dict["correct_after"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert "AutoAttack, Linf epsilon 0.02, 41 images" in str(undisturbed)
+    np.testing.assert_array_equal(ATTACK(*small, KEY), undisturbed.adversarial)
+
+
+@pytest.mark.parametrize("batch_size", [41, 9])
+def test_verdicts_do_not_depend_on_the_batch_size(small, undisturbed, batch_size):
+    other = dataclasses.replace(ATTACK, batch_size=batch_size)
+    same(other.evaluate(*small, KEY, progress=False), undisturbed)
+
+
+def test_verdicts_do_not_depend_on_the_devices(small, undisturbed):
+    result = ATTACK.evaluate(*small, KEY, on=mesh.data_mesh(jax.devices()[:4]), progress=False)
+    np.testing.assert_array_equal(result.robust, undisturbed.robust)
+    np.testing.assert_allclose(result.adversarial, undisturbed.adversarial, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 4, 11])
+def test_killed_and_started_again(small, undisturbed, tmp_path, monkeypatch, batches):
+    class KilledError(Exception):
+        pass
+
+    written = []
+    add = journal.Journal.add
+
+    def add_or_die(self, unit, record):
+        if len(written) == batches:
+            raise KilledError
+        written.append(unit)
+        add(self, unit, record)
+
+    monkeypatch.setattr(journal.Journal, "add", add_or_die)
+    with pytest.raises(KilledError):
+        ATTACK.evaluate(*small, KEY, folder=tmp_path, progress=False)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("*.npz"))) == batches
+    same(ATTACK.evaluate(*small, KEY, folder=tmp_path, progress=False), undisturbed)
+    # Once more, with nothing left to do.
+    monkeypatch.setattr(journal.Journal, "add", None)
+    same(ATTACK.evaluate(*small, KEY, folder=tmp_path, progress=False), undisturbed)
+
+
+def test_the_progress_of_another_evaluation_is_refused(small, tmp_path):
+    logits_fn, images, labels = small
+    quick = autoattack(Linf(0.02), version="custom", attacks=("apgd-ce",), batch_size=20)
+    quick.evaluate(logits_fn, images, labels, KEY, folder=tmp_path, progress=False)
+    others = {
+        "network": lambda: quick.evaluate(
+            small_network(1), images, labels, KEY, folder=tmp_path, progress=False
+        ),
+        "key": lambda: quick.evaluate(*small, jax.random.key(1), folder=tmp_path, progress=False),
+        "images": lambda: quick.evaluate(
+            logits_fn, images[:40], labels[:40], KEY, folder=tmp_path, progress=False
+        ),
+        "threat": lambda: dataclasses.replace(quick, threat=Linf(0.01)).evaluate(
+            *small, KEY, folder=tmp_path, progress=False
+        ),
+    }
+    for name, evaluate in others.items():
+        with pytest.raises(EvaluationStateError, match=f"another evaluation.*{name}:"):
+            evaluate()
+    file = next(tmp_path.glob("000001-*.npz"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(EvaluationStateError, match=r"000001-apgd-ce-0\.npz is damaged.*delete it"):
+        quick.evaluate(*small, KEY, folder=tmp_path, progress=False)
+    (tmp_path / "identity.json").write_text("{")
+    with pytest.raises(EvaluationStateError, match=r"identity\.json cannot be read"):
+        quick.evaluate(*small, KEY, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("norm", [L2(0.2), L1(1.0)], ids=["L2", "L1"])
+def test_other_norms(small, norm):
+    logits_fn, images, labels = small
+    result = autoattack(norm).evaluate(logits_fn, images[:8], labels[:8], KEY, progress=False)
+    consistent(result, logits_fn, jnp.asarray(images[:8]), labels[:8], norm)
+
+
+def test_plus_and_fast(small):
+    logits_fn, images, labels = small
+    plus = autoattack(Linf(0.02), version="plus")
+    assert plus.sequence == ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
+    assert plus.make("apgd-ce", 10).restarts == plus.make("fab", 10).restarts == 5
+    result = plus.evaluate(logits_fn, images[:8], labels[:8], KEY, progress=False)
+    consistent(result, logits_fn, jnp.asarray(images[:8]), labels[:8], Linf(0.02))
+    fast = autoattack(Linf(0.02), version="fast")
+    result = fast.evaluate(logits_fn, images[:8], labels[:8], KEY, progress=False)
+    for text in (str(result), result.as_dict()["title"], fast.title):
+        assert "not AutoAttack" in text
+
+
+def test_settings_of_the_published_code():
+    for threat, restarts, targets, wide in (
+        (Linf(0.1), 1, 9, False),
+        (L2(0.1), 1, 9, False),
+        (L1(0.1), 5, 5, True),
+    ):
+        attack = autoattack(threat)
+        ce, t = attack.make("apgd-ce", 10), attack.make("apgd-t", 10)
+        assert (ce.restarts, ce.large_radii, ce.steps) == (restarts, wide, 100)
+        assert (t.restarts, t.targets, t.large_radii, t.steps) == (1, targets, wide, 100)
+        fab = attack.make("fab-t", 10)
+        assert (fab.targets, fab.restarts, fab.steps) == (9, 1, 100)
+        assert attack.make("square", 10).queries == 5000
+    assert autoattack(Linf(0.1)).make("apgd-t", 4).units(4) == 3  # min(9, K - 1) targets
+    rand = autoattack(L1(0.1), version="rand").make("apgd-ce", 10)
+    assert (rand.restarts, rand.draws, rand.large_radii) == (1, 20, False)
+
+
+# ---- compilation
+
+
+def test_a_second_network_compiles_no_attack(small, caplog):
+    logits_fn, images, labels = small
+    ATTACK.evaluate(logits_fn, images, labels, KEY, progress=False)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        jax.jit(lambda x: x + 1)(jnp.ones(3))
+        assert "Compiling" in caplog.text  # the count below can fail
+        caplog.clear()
+        other = small_network(3)
+        own = np.array(jnp.argmax(other(images), 1))
+        caplog.clear()
+        ATTACK.evaluate(other, images, own, KEY, progress=False)
+    compiled = [m.getMessage() for m in caplog.records if m.getMessage().startswith("Compiling")]
+    # The check for randomised networks traces the network anew on purpose.
+    assert [m for m in compiled if "<lambda>" not in m] == []
+
+
+def test_batches_have_few_shapes():
+    assert _batch_shapes(250, None) == (250, 62, 15)
+    assert _batch_shapes(20, None) == (20,)
+    on = mesh.data_mesh(jax.devices()[:4])
+    assert _batch_shapes(250, on) == (252, 64, 16)
+    for count in (1, 14, 15, 16, 61, 63, 200, 249, 251, 1000):
+        batches = list(_pack(np.arange(count), (250, 62, 15)))
+        np.testing.assert_array_equal(
+            np.concatenate([rows for rows, _ in batches]), np.arange(count)
+        )
+        assert all(len(rows) <= shape for rows, shape in batches)
+        assert sum(shape for _, shape in batches) <= 1.25 * count + 15
+
+
+# ---- checks
+
+
+def quick(**settings):
+    return autoattack(Linf(0.02), version="custom", attacks=("apgd-ce",), **settings)
+
+
+def evaluate(logits_fn, images, labels, attack=None):
+    return (attack or quick()).evaluate(logits_fn, images, labels, KEY, progress=False)
+
+
+def test_probabilities_are_noticed(small):
+    logits_fn, images, labels = small
+    with pytest.warns(EvaluationWarning, match="return the logits before the softmax"):
+        result = evaluate(lambda x: jax.nn.softmax(logits_fn(x)), images, labels)
+    assert "probabilities" in result.warnings[0]
+
+
+def test_a_randomised_network_is_noticed(small):
+    logits_fn, images, labels = small
+    rng = np.random.default_rng(0)
+    with pytest.warns(EvaluationWarning, match='version="rand"'):
+        evaluate(lambda x: logits_fn(x) + rng.normal(size=(1, 5)), images, labels)
+
+
+def test_rand_gives_the_network_a_key(small):
+    logits_fn, images, labels = small
+
+    def noisy(images, key):
+        return logits_fn(images) + 0.01 * jax.random.normal(key, (len(images), 5))
+
+    attack = autoattack(Linf(0.02), version="rand")
+    result = evaluate(noisy, images[:10], labels[:10], attack)
+    assert result.attack.title == "AutoAttack (rand)"
+    assert result.robust.sum() < result.robust_after["clean"].sum()
+
+
+def test_batch_dependent_logits_are_refused(small):
+    logits_fn, images, labels = small
+
+    def batch_normalised(x):
+        return logits_fn((x - x.mean(0, keepdims=True)) / (x.std(0, keepdims=True) + 0.1))
+
+    with pytest.raises(ValueError, match=r"evaluation mode.*train=False"):
+        evaluate(batch_normalised, images, labels)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_few_classes_are_noticed_and_still_attacked(num_classes):
+    logits_fn = small_network(2, num_classes)
+    images = np.random.default_rng(0).uniform(0, 1, (12, 6, 6, 2)).astype(np.float32)
+    labels = np.asarray(jnp.argmax(logits_fn(images), 1))
+    attack = autoattack(Linf(0.05), version="custom", attacks=("apgd-dlr", "apgd-t", "fab-t"))
+    with pytest.warns(EvaluationWarning, match=f"only {num_classes} classes.*apgd-t"):
+        result = evaluate(logits_fn, images, labels, attack)
+    consistent(result, logits_fn, jnp.asarray(images), labels, Linf(0.05))
+    assert not result.robust.all()
+
+
+def test_zero_gradients_are_noticed(small):
+    _, images, _ = small
+
+    def flat(images):
+        return jnp.round(images.reshape(len(images), -1)[:, :5] * 3) * jnp.arange(1, 6)[None]
+
+    own = np.asarray(jnp.argmax(flat(images), 1))
+    attack = autoattack(Linf(0.02), version="custom", attacks=("apgd-t",))
+    with pytest.warns(EvaluationWarning, match="no gradient.*apgd-t: [1-9]"):
+        evaluate(flat, images, own, attack)
+
+
+def test_square_improving_is_noticed(small):
+    logits_fn, images, _ = small
+
+    def masked(images):
+        # The same decisions, but the gradient is that of a constant.
+        return jax.lax.stop_gradient(logits_fn(images)) + 0 * images.sum((1, 2, 3))[:, None]
+
+    own = np.asarray(jnp.argmax(logits_fn(images), 1))
+    attack = autoattack(Linf(0.02), version="custom", attacks=("apgd-ce", "square"))
+    with pytest.warns(EvaluationWarning, match="Square lowered the robust accuracy by"):
+        result = evaluate(masked, images, own, attack)
+    assert any("Square" in message for message in result.warnings)
+
+
+def test_wrong_inputs_are_named(small):
+    logits_fn, images, labels = small
+    for error, arguments in {
+        r"dtype uint8; divide by 255": (logits_fn, (images * 255).astype(np.uint8), labels),
+        r"\[0, 1\], got values": (logits_fn, images * 255, labels),
+        r"values from nan": (logits_fn, np.where(images > 0.99, np.nan, images), labels),
+        r"channels first": (logits_fn, np.zeros([2, 3, 32, 32], np.float32), labels[:2]),
+        r"labels must be integers": (logits_fn, images, labels[:-1]),
+        r"labels must lie in \[0, 5\).*-1 to": (logits_fn, images, labels - 1),
+        r"labels must lie in \[0, 5\).* to 9": (logits_fn, images, labels + 5),
+        r"return \[batch, classes\]": (lambda x: logits_fn(x)[0], images, labels),
+        r"NaN or infinite logits": (lambda x: logits_fn(x) * jnp.nan, images, labels),
+        r"no images": (logits_fn, images[:0], labels[:0]),
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            evaluate(*arguments)
+    with pytest.raises(ValueError, match="key must be one key"):
+        quick().evaluate(logits_fn, images, labels, jax.random.split(KEY, 3))
