@@ -73,6 +73,7 @@ def test_ball_box_and_dtype_on_an_odd_batch(name, norm):
     assert not bool(robust[0]) or name in ("fgsm", "ifgsm", "pgd", "restarts", "cw", "spsa")
 
 
+@pytest.mark.slow
 @by_attack
 @pytest.mark.parametrize(("num_classes", "batch"), [(2, 1), (3, 2)])
 def test_few_classes_and_small_batches(name, num_classes, batch):
@@ -100,6 +101,7 @@ def test_draws_do_not_depend_on_the_batch(name):
     np.testing.assert_allclose(together, apart, atol=2e-5)
 
 
+@pytest.mark.slow
 @by_attack
 def test_inside_jit_and_twice(name):
     logits_fn, images, labels = examples(3, (4, 4, 1), 5)

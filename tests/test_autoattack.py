@@ -138,7 +138,7 @@ def test_result_is_consistent(small, undisturbed):
     np.testing.assert_array_equal(ATTACK(*small, KEY), undisturbed.adversarial)
 
 
-@pytest.mark.parametrize("batch_size", [41, 9])
+@pytest.mark.parametrize("batch_size", [41, pytest.param(9, marks=pytest.mark.slow)])
 def test_verdicts_do_not_depend_on_the_batch_size(small, undisturbed, batch_size):
     other = dataclasses.replace(ATTACK, batch_size=batch_size)
     same(other.evaluate(*small, KEY, progress=False), undisturbed)
@@ -203,6 +203,7 @@ def test_the_progress_of_another_evaluation_is_refused(small, tmp_path):
         quick.evaluate(*small, KEY, folder=tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [L2(0.2), L1(1.0)], ids=["L2", "L1"])
 def test_other_norms(small, norm):
     logits_fn, images, labels = small

@@ -1,4 +1,4 @@
-"""The example of a method of one's own trains with AGR, from its one file."""
+"""The examples run: a method of one's own trains with AGR, classifiers of all kinds are attacked."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from agr_jax import methods, run_folder, train
 from agr_jax.config import from_config_dict
 from agr_jax.metrics import read_json_lines
-from examples import logit_pairing
+from examples import logit_pairing, own_classifier
 
 
 def small() -> ConfigDict:
@@ -46,3 +46,11 @@ def test_default_folders(field, folder):
     values = small()
     values.update(field)
     assert str(run_folder.default_folder(from_config_dict(values))) == folder
+
+
+@pytest.mark.parametrize("kind", ["plain", "linen", "nnx", "equinox"])
+def test_any_classifier_is_attacked(kind, capsys):
+    if kind == "equinox":
+        pytest.importorskip("equinox")
+    own_classifier.main(kind)
+    assert "AutoAttack, Linf epsilon 0.01, 20 images" in capsys.readouterr().out

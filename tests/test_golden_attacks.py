@@ -68,6 +68,7 @@ LINF_RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "file", "epsilon", "alpha", "steps"), LINF_RUNS)
 def test_fgsm_pgd_and_cw_masks(golden, network, name, file, epsilon, alpha, steps):
     stored = golden(f"autoattack_{name}_{file}.npz")

@@ -204,6 +204,55 @@ def test_evaluate_and_resume_need_no_config_file(undisturbed):
     assert launch("--workdir", str(undisturbed)).returncode == 0
 
 
+@pytest.mark.slow
+def test_an_evaluation_killed_at_random_moments_ends_the_same(undisturbed, tmp_path):
+    """`AGR_JAX_KILLS=10 pytest -m slow -n0 -k random_moments` kills ten times."""
+    arguments = (
+        "--job=evaluate",
+        "--config.eval.attacks=('clean','pgd10','autoattack','spsa3')",
+        "--config.eval.batch_size=24",
+        "--config.eval.checkpoints=('last',)",
+    )
+
+    def evaluated(folder):
+        record = json.loads((folder / "evaluations" / "last-first60.json").read_text())
+        for found in record["attacks"].values():
+            found.pop("wall_seconds")
+            found.pop("seconds", None)
+        return record
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(undisturbed, folder)
+        shutil.rmtree(folder / "evaluations")
+    started = time.monotonic()
+    result = launch(*arguments, f"--workdir={whole}")
+    assert result.returncode == 0, result.stderr
+    took = time.monotonic() - started
+    rng = np.random.default_rng()
+    kills = int(os.environ.get("AGR_JAX_KILLS", "3"))
+    for _ in range(kills):
+        moment = rng.uniform(0.2, 0.9) * took
+        process = subprocess.Popen(
+            command(*arguments, f"--workdir={killed}"),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        batches = len(list(killed.glob("evaluations/.last-first60/*/*.npz")))
+        print(f"killed after {moment:.1f} s of {took:.1f} s, with {batches} batches done")
+    result = launch(*arguments, f"--workdir={killed}")
+    assert result.returncode == 0, result.stderr
+    assert evaluated(killed) == evaluated(whole)
+    assert not list(killed.glob("evaluations/.last-*"))
+
+
 def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)

@@ -243,9 +243,7 @@ def test_folder_in_use(tmp_path):
 
 
 def test_evaluation_fields_are_checked_before_training(tmp_path):
-    refused(
-        ConfigError, "must be of 'clean', 'fgsm'", small(eval__attacks=("pgd",)), tmp_path / "a"
-    )
+    refused(ConfigError, "must be of clean, fgsm", small(eval__attacks=("pgd",)), tmp_path / "a")
     refused(ConfigError, "test set has 355", small(eval__examples=10_000), tmp_path / "b")
     refused(ConfigError, r"config\.model\.mean", small(model__mean=(0.1, 0.2)), tmp_path / "c")
 
@@ -253,7 +251,7 @@ def test_evaluation_fields_are_checked_before_training(tmp_path):
 def test_verdicts_do_not_depend_on_batching_or_devices(finished):
     config = run_folder.read_config(finished)
     dataset = evaluate.dataset_from_config(config)
-    attack = evaluate.make_attack("pgd3", train.methods.threat_model(config.attack), 0.05)
+    attack = evaluate.make_attacks(config)["pgd3"]
     masks = []
     for batch_size, devices in ((355, 1), (64, 1), (50, 4)):
         on = train.mesh.data_mesh(jax.devices()[:devices])

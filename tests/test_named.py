@@ -1,0 +1,85 @@
+"""Attacks by name."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from agr_jax import losses
+from agr_jax.attacks import APGD, FAB, FGSM, PGD, SPSA, AutoAttack, named
+from agr_jax.errors import ConfigError
+from agr_jax.threat import L1, L2, Linf
+
+RADII = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+
+
+def make(name, norm="linf"):
+    return named.make(name, norm=norm, radii=RADII, step_size=2 / 255, batch_size=100)
+
+
+def test_every_documented_name():
+    assert make("clean") is None
+    assert make("fgsm") == FGSM(Linf(8 / 255))
+    assert make("ifgsm10").step_size == pytest.approx(8 / 2550)
+    assert make("pgd20") == PGD(Linf(8 / 255), steps=20, step_size=2 / 255)
+    assert make("pgd20x5") == PGD(Linf(8 / 255), steps=20, step_size=2 / 255, restarts=5)
+    assert make("cw20") == PGD(Linf(8 / 255), steps=20, step_size=2 / 255, loss=losses.margin)
+    assert make("pgd20@l2") == PGD(L2(0.5), steps=20)
+    assert make("pgd20@l2", "l2") == PGD(L2(0.5), steps=20, step_size=2 / 255)
+    assert make("pgd20@l1") == PGD(L1(12.0, sparsity=None), steps=20)
+    assert make("slide20@l1") == PGD(L1(12.0, sparsity=0.99), steps=20)
+    assert make("spsa") == SPSA(Linf(8 / 255))
+    assert make("spsa10").steps == 10
+    assert make("autoattack@l1") == AutoAttack(L1(12.0), batch_size=100)
+    assert make("autoattack-plus").version == "plus"
+    assert make("fast").version == "fast"
+    assert make("fab-t").attacks == ("fab-t",)
+    documented = set(re.findall(r"`([a-z0-9@<>-]+)`", named.__doc__))
+    for name in documented - {"linf", "@linf", "@l2", "@l1", "table1", "table2"}:
+        plain = name.replace("<n>", "20").replace("<r>", "5")
+        make(plain + "@l1" if plain.startswith("slide") else plain)
+    assert len(documented) > 15
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd", "pgd0", "pgd20x0", "pgd20@l3", "PGD20", "aa", "autoattack-rand", "", "slide20"]
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(ConfigError, match=r"config\.eval\.attacks"):
+        make(name)
+
+
+def test_tables_stand_for_their_columns():
+    assert named.names(("table1", "pgd20", "table2")) == [
+        *named.TABLES["table1"],
+        *(name for name in named.TABLES["table2"] if name != "clean"),
+    ]
+    for name in named.names(("table1", "table2")):
+        make(name)
+
+
+def test_titles():
+    titles = {
+        "clean": "clean",
+        "fgsm": "FGSM",
+        "pgd20": "PGD-20",
+        "pgd20@l2": "PGD-20, L2",
+        "cw20": "CW-inf-20",
+        "autoattack": "AutoAttack",
+        "autoattack-plus": "AutoAttack plus",
+        "fast": "fast (not AutoAttack)",
+        "apgd-ce": "APGD-CE",
+        "spsa": "SPSA",
+    }
+    assert {name: named.title(name) for name in titles} == titles
+
+
+@pytest.mark.parametrize(
+    "attack", [None, make("pgd20"), make("spsa"), make("autoattack"), APGD(L1(1.0)), FAB(L2(1.0))]
+)
+def test_descriptions_are_json_without_addresses(attack):
+    text = json.dumps(named.describe(attack))
+    assert "0x" not in text
+    if attack is not None:
+        assert all(field.name in text for field in dataclasses.fields(attack))
