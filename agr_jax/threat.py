@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +200,7 @@ def _shrink_to_l1_norm(magnitude: jax.Array, room: jax.Array, epsilon: float) ->
     def shrink(level: jax.Array) -> jax.Array:
         return jnp.minimum(jnp.maximum(magnitude - level[:, None], 0), room)
 
-    def narrow(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def narrow(carry: Any) -> Any:
         count, low, high, level, _ = carry
         excess = shrink(level).sum(1) - epsilon
         low, high = jnp.where(excess > 0, level, low), jnp.where(excess > 0, high, level)
@@ -216,9 +216,10 @@ def _shrink_to_l1_norm(magnitude: jax.Array, room: jax.Array, epsilon: float) ->
     most = jnp.finfo(magnitude.dtype).nmant + 2
     highest = magnitude.max(1)
     whole = room.sum(1) <= epsilon
-    start = 0, jnp.zeros_like(highest), highest, 0 * highest, whole
+    zero = jnp.zeros_like(highest)
+    start = (jnp.int32(0), zero, highest, zero, whole)
 
-    def unsettled(carry: tuple[jax.Array, ...]) -> jax.Array:
+    def unsettled(carry: Any) -> jax.Array:
         return (carry[0] < most) & ~(carry[4] | whole).all()
 
     _, low, high, level, _ = jax.lax.while_loop(unsettled, narrow, start)

@@ -14,7 +14,7 @@ from test_golden_attacks import stored_images
 
 from agr_jax import mesh
 from agr_jax.attacks import EvaluationWarning, autoattack, journal
-from agr_jax.attacks.autoattack import _batch_shapes, _pack
+from agr_jax.attacks.autoattack_run import _batch_shapes, _pack
 from agr_jax.errors import EvaluationStateError
 from agr_jax.threat import L1, L2, Linf
 

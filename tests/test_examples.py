@@ -1,4 +1,4 @@
-"""The examples run: a method of one's own trains with AGR, classifiers of all kinds are attacked."""
+"""The examples: a method of one's own trains with AGR, all kinds of classifiers are attacked."""
 
 import pytest
 from ml_collections import ConfigDict

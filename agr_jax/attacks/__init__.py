@@ -5,8 +5,9 @@ The lower-case names are the public ones: `attacks.pgd(Linf(8 / 255), steps=20)`
 
 from agr_jax.attacks.apgd import APGD
 from agr_jax.attacks.attack import Attack, LogitsFn, Outcome
-from agr_jax.attacks.autoattack import AutoAttack, AutoAttackResult
+from agr_jax.attacks.autoattack import AutoAttack
 from agr_jax.attacks.autoattack_checks import EvaluationWarning
+from agr_jax.attacks.autoattack_result import AutoAttackResult
 from agr_jax.attacks.fab import FAB
 from agr_jax.attacks.pgd import FGSM, PGD, cw_inf, ifgsm
 from agr_jax.attacks.spsa import SPSA

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from agr_jax import losses
+from agr_jax.attacks.apgd_rules import Found, Momentum, Rule, Sparse
 from agr_jax.attacks.attack import (
     LogitsFn,
     Loop,
@@ -22,7 +22,6 @@ from agr_jax.attacks.attack import (
     check_inputs,
     loop_on_device,
 )
-from agr_jax.attacks.selection import kth_smallest
 from agr_jax.threat import L1, L2, Linf, expand, flatten, gaussian_noise, image_keys, per_image
 
 _LARGE_RADII = (3.0, 2.0, 1.0)
@@ -258,16 +257,6 @@ def _run_all(
     return lax.stop_gradient(points)
 
 
-class _Found(NamedTuple):
-    """What a run has found so far."""
-
-    points: jax.Array
-    fooled: jax.Array
-    best_points: jax.Array
-    best_loss: jax.Array
-    best_gradient: jax.Array
-
-
 class _Result(NamedTuple):
     points: jax.Array
     fooled: jax.Array
@@ -281,7 +270,7 @@ class _State(NamedTuple):
 
     points: jax.Array
     gradient: jax.Array
-    found: _Found
+    found: Found
     rule: Any
 
 
@@ -314,11 +303,11 @@ def _search(
     warm: bool,
     loop: Loop,
 ) -> _Result:
-    rule: _Rule
+    rule: Rule
     if isinstance(attack.threat, L1):
-        rule = _Sparse(attack.threat, attack.steps, warm)
+        rule = Sparse(attack.threat, attack.steps, warm)
     else:
-        rule = _Momentum(attack.threat, attack.steps, attack.rho)
+        rule = Momentum(attack.threat, attack.steps, attack.rho)
     step = _Step(rule, attack.stop_when_fooled, objective, images)
     state, zero_gradient = _begin(step, start)
     state = loop(step, state, attack.steps, _all_fooled if attack.stop_when_fooled else None)
@@ -359,7 +348,7 @@ def _all_fooled(state: _State) -> jax.Array:
 class _Step:
     """One gradient step, the same program for every batch of a shape."""
 
-    rule: _Rule = dataclasses.field(metadata={"static": True})
+    rule: Rule = dataclasses.field(metadata={"static": True})
     stop_when_fooled: bool = dataclasses.field(metadata={"static": True})
     objective: _Objective
     images: jax.Array
@@ -389,209 +378,29 @@ def _begin(step: _Step, start: jax.Array) -> tuple[_State, jax.Array]:
     # Under L1 a start from a larger radius is pulled in; elsewhere it lies in the ball already.
     start = step.rule.threat.project(start, step.images)
     loss, wrong, gradient = step.objective.at(start, 0)
-    found = _Found(start, wrong, start, loss, gradient)
+    found = Found(start, wrong, start, loss, gradient)
     state = _State(start, gradient, found, step.rule.begin(step.images, start, loss))
     return state, ~jnp.any(flatten(gradient) != 0, axis=1)
 
 
 def _update(
     stop_when_fooled: bool,
-    found: _Found,
+    found: Found,
     points: jax.Array,
     loss: jax.Array,
     wrong: jax.Array,
     gradient: jax.Array,
-) -> _Found:
+) -> Found:
     taken = wrong & ~found.fooled if stop_when_fooled else wrong
     better = loss > found.best_loss
     best = expand(better, points)
-    return _Found(
+    return Found(
         points=jnp.where(expand(taken, points), points, found.points),
         fooled=found.fooled | wrong,
         best_points=jnp.where(best, points, found.best_points),
         best_loss=jnp.where(better, loss, found.best_loss),
         best_gradient=jnp.where(best, gradient, found.best_gradient),
     )
-
-
-class _MomentumState(NamedTuple):
-    previous: jax.Array  # the point before the last step
-    step_size: jax.Array
-    last_loss: jax.Array
-    increases: jax.Array  # of the loss since the last checkpoint
-    checked_loss: jax.Array  # best loss at the last checkpoint
-    halved: jax.Array  # at the last checkpoint
-
-
-class _Rule(Protocol):
-    """How an attack moves, and how it corrects itself."""
-
-    @property
-    def threat(self) -> Linf | L2 | L1: ...
-
-    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> Any:
-        """The rule's own state at the start."""
-        ...
-
-    def move(
-        self, state: Any, images: jax.Array, points: jax.Array, gradient: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """The next points."""
-        ...
-
-    def check(
-        self, state: Any, images: jax.Array, found: _Found, loss: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Which images go back to their best point, and the state with new step sizes."""
-        ...
-
-    def used(self, state: Any) -> tuple[jax.Array, jax.Array]:
-        """Step size and sparsity, for a `Trajectory`."""
-        ...
-
-
-class _Momentum(NamedTuple):
-    """L-infinity and L2: steepest steps with momentum, and a step size halved at checkpoints.
-
-    At a checkpoint an image's step is halved, and it goes back to its best point, if too few steps
-    since the last one raised its loss, or if its best loss and its step size are what they were.
-    """
-
-    threat: Linf | L2
-    steps: int
-    rho: float
-
-    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> _MomentumState:
-        zero = jnp.zeros_like(loss)
-        return _MomentumState(
-            previous=start,
-            step_size=jnp.full_like(loss, 2 * self.threat.epsilon),
-            # The published code compares the first loss with 0.
-            last_loss=zero,
-            increases=zero,
-            checked_loss=loss,
-            halved=jnp.ones_like(loss, bool),
-        )
-
-    def move(
-        self,
-        state: _MomentumState,
-        images: jax.Array,
-        points: jax.Array,
-        gradient: jax.Array,
-        step: jax.Array,
-    ) -> tuple[jax.Array, _MomentumState]:
-        share = jnp.where(step > 0, 0.75, 1.0).astype(points.dtype)
-        ahead = points + expand(state.step_size, points) * self.threat.ascent(gradient)
-        ahead = self.threat.project(ahead, images)
-        mixed = points + share * (ahead - points) + (1 - share) * (points - state.previous)
-        return self.threat.project(mixed, images), state._replace(previous=points)
-
-    def check(
-        self,
-        state: _MomentumState,
-        images: jax.Array,
-        found: _Found,
-        loss: jax.Array,
-        step: jax.Array,
-    ) -> tuple[jax.Array, _MomentumState]:
-        increases = state.increases + (loss > state.last_loss)
-        windows = _checkpoint_windows(self.steps)
-        window = jnp.asarray(windows, loss.dtype)[step]
-        due = window > 0
-        too_few = increases <= window * self.rho
-        stuck = ~state.halved & (state.checked_loss >= found.best_loss)
-        halve = due & (too_few | stuck)
-        return halve, state._replace(
-            step_size=jnp.where(halve, state.step_size / 2, state.step_size),
-            last_loss=loss,
-            increases=jnp.where(due, 0, increases),
-            checked_loss=jnp.where(due, found.best_loss, state.checked_loss),
-            halved=jnp.where(due, halve, state.halved),
-        )
-
-    def used(self, state: _MomentumState) -> tuple[jax.Array, jax.Array]:
-        return state.step_size, jnp.ones_like(state.step_size)
-
-
-class _SparseState(NamedTuple):
-    step_size: jax.Array
-    sparsity: jax.Array  # share of the pixels that a step moves
-    support: jax.Array  # pixels that the best point changed, at the last checkpoint
-
-
-class _Sparse(NamedTuple):
-    """L1: steps along the sign of the largest gradient entries, as many as the best point needs."""
-
-    threat: L1
-    steps: int
-    warm: bool
-
-    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> _SparseState:
-        pixels = flatten(images).shape[1]
-        if self.warm:
-            support = _support(start, images)
-            sparsity = support / pixels / 1.5
-        else:
-            support, sparsity = jnp.full_like(loss, pixels), jnp.full_like(loss, 0.2)
-        return _SparseState(jnp.full_like(loss, self.threat.epsilon), sparsity, support)
-
-    def move(
-        self,
-        state: _SparseState,
-        images: jax.Array,
-        points: jax.Array,
-        gradient: jax.Array,
-        step: jax.Array,
-    ) -> tuple[jax.Array, _SparseState]:
-        size = jnp.abs(flatten(gradient))
-        pixels = size.shape[1]
-        rank = jnp.clip((1 - state.sparsity) * pixels, 0, pixels - 1).astype(jnp.int32)
-        large = size >= kth_smallest(size, rank)[:, None]
-        direction = jnp.where(large, jnp.sign(flatten(gradient)), 0)
-        length = state.step_size / (jnp.abs(direction).sum(1) + 1e-10)
-        moved = points + (length[:, None] * direction).reshape(points.shape)
-        return self.threat.project(moved, images), state
-
-    def check(
-        self,
-        state: _SparseState,
-        images: jax.Array,
-        found: _Found,
-        loss: jax.Array,
-        step: jax.Array,
-    ) -> tuple[jax.Array, _SparseState]:
-        epsilon = self.threat.epsilon
-        due = (step + 1) % max(int(0.04 * self.steps), 1) == 0
-        support = _support(found.best_points, images)
-        sparser = support < 0.95 * state.support
-        shorter = jnp.clip(state.step_size / 1.5, epsilon / 10, epsilon)
-        checked = _SparseState(
-            step_size=jnp.where(sparser, epsilon, shorter),
-            sparsity=support / flatten(images).shape[1] / 1.5,
-            support=support,
-        )
-        return due & sparser, jax.tree.map(functools.partial(jnp.where, due), checked, state)
-
-    def used(self, state: _SparseState) -> tuple[jax.Array, jax.Array]:
-        return state.step_size, state.sparsity
-
-
-def _support(points: jax.Array, images: jax.Array) -> jax.Array:
-    """Number of pixels that differ, per image, in the dtype of the images."""
-    return (flatten(points) != flatten(images)).sum(1).astype(images.dtype)
-
-
-def _checkpoint_windows(steps: int) -> np.ndarray:
-    """For each step 0 if it ends at no checkpoint, else the number of steps since the last one."""
-    windows = np.zeros(steps)
-    window = max(int(0.22 * steps), 1)
-    end = window
-    while end <= steps:
-        windows[end - 1] = window
-        window = max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
-        end += window
-    return windows
 
 
 def _random_start(threat: Linf | L2 | L1, keys: jax.Array, images: jax.Array) -> jax.Array:

@@ -26,7 +26,8 @@ from typing import Any
 
 from agr_jax import losses
 from agr_jax.attacks.attack import Attack
-from agr_jax.attacks.autoattack import ATTACKS, AutoAttack
+from agr_jax.attacks.autoattack import AutoAttack
+from agr_jax.attacks.autoattack_run import ATTACKS
 from agr_jax.attacks.pgd import FGSM, PGD, ifgsm
 from agr_jax.attacks.spsa import SPSA
 from agr_jax.errors import ConfigError

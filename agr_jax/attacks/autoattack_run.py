@@ -1,0 +1,348 @@
+"""One run of AutoAttack: what is left goes to the devices in batches, what is done to disk."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from agr_jax import mesh
+from agr_jax.attacks import autoattack_checks as checks
+from agr_jax.attacks.apgd import APGD
+from agr_jax.attacks.attack import LogitsFn, loop_from_host
+from agr_jax.attacks.autoattack_result import AutoAttackResult
+from agr_jax.attacks.fab import FAB
+from agr_jax.attacks.journal import BatchRecord, Journal, digest
+from agr_jax.attacks.square import Square, SquareState
+from agr_jax.metrics import Progress
+
+if TYPE_CHECKING:
+    from agr_jax.attacks.autoattack import AutoAttack
+
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+# Relative excess over the radius that rounding can make.
+_ROUNDING = 1e-5
+
+
+class Run:
+    """One evaluation: which images are left, and what was found."""
+
+    def __init__(
+        self,
+        attack: AutoAttack,
+        logits_fn: LogitsFn,
+        images: np.ndarray,
+        labels: np.ndarray,
+        key: jax.Array,
+        on: Mesh | None,
+    ) -> None:
+        self.attack, self.images, self.labels, self.on = attack, images, labels, on
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        self.key = key if typed else jax.random.wrap_key_data(key)
+        self.logits_fn = logits_fn if on is None else jax.device_put(logits_fn, mesh.replicated(on))
+        self.shapes = _batch_shapes(min(attack.batch_size, len(labels)), on)
+        self.adversarial = images.copy()
+        self.predictions, self.num_classes = self._clean_predictions()
+        self.robust = self.predictions == labels
+        self.zero_gradients: dict[str, int] = {}
+
+    def evaluate(self, folder: Path | None, progress: bool) -> AutoAttackResult:
+        """Runs the attacks in their order; see `AutoAttack.evaluate`."""
+        messages = self._checks_before()
+        journal = Journal(folder, self._identity())
+        robust_after = {"clean": self.robust.copy()}
+        seconds: dict[str, float] = {}
+        planned = {name: self.attack.make(name, self.num_classes) for name in self.attack.sequence}
+        bar = _Bar(self, planned) if progress else None
+        try:
+            for name, one in planned.items():
+                seconds[name] = 0.0
+                for index in range(one.units(self.num_classes)):
+                    for rows, shape in _pack(np.flatnonzero(self.robust), self.shapes):
+                        unit = f"{name}-{index}"
+                        record = journal.next(unit, rows)
+                        if record is None:
+                            record = self._attack(name, one, index, rows, shape)
+                            journal.add(unit, record)
+                        seconds[name] += float(record.seconds)
+                        self._take(name, record)
+                        if bar is not None:
+                            bar.done(name, len(rows))
+                    if bar is not None:
+                        bar.finish_unit(name)
+                robust_after[name] = self.robust.copy()
+        finally:
+            if bar is not None:
+                bar.close()
+        after = {name: float(mask.mean()) for name, mask in robust_after.items()}
+        for message in (
+            checks.zero_gradients(self.zero_gradients),
+            checks.square_improves(after),
+        ):
+            if message is not None:
+                checks.warn(message)
+                messages.append(message)
+        return AutoAttackResult(
+            self.attack,
+            robust_after,
+            self.adversarial,
+            self.predictions,
+            seconds,
+            tuple(messages),
+        )
+
+    def _clean_predictions(self) -> tuple[np.ndarray, int]:
+        predictions, num_classes = [], 0
+        for rows, shape in _pack(np.arange(len(self.labels)), self.shapes):
+            images, _, keys = self._put(rows, shape, "clean")
+            logits = _logits(self.attack.version == "rand", self.logits_fn, images, keys)
+            checks.check_logits(logits, shape)
+            num_classes = logits.shape[1]
+            predictions.append(np.asarray(jnp.argmax(logits, axis=1))[: len(rows)])
+        checks.check_labels(self.labels, num_classes)
+        return np.concatenate(predictions), num_classes
+
+    def _checks_before(self) -> list[str]:
+        rows, shape = next(_pack(np.arange(len(self.labels)), self.shapes))
+        images, _, keys = self._put(rows, shape, "clean")
+        rand = self.attack.version == "rand"
+        found = [
+            checks.probabilities(_logits(rand, self.logits_fn, images, keys)),
+            checks.too_few_classes(self.num_classes, self.attack.sequence),
+        ]
+        if not rand:
+            checks.check_batch_independence(self.logits_fn, images)
+            found.append(checks.randomised(self.logits_fn, images))
+        messages = [message for message in found if message is not None]
+        for message in messages:
+            checks.warn(message)
+        return messages
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes two evaluations the same one."""
+        threat = self.attack.threat
+        return {
+            "format": 1,
+            "version": self.attack.version,
+            "attacks": list(self.attack.sequence),
+            "threat": f"{type(threat).__name__}({threat.epsilon!r})",
+            "batch_shapes": list(self.shapes),
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "images": digest([self.images, self.labels]),
+            "network": digest(self.logits_fn),
+            "predictions": digest(self.predictions),
+        }
+
+    def _put(self, rows: np.ndarray, shape: int, name: str) -> tuple[Any, Any, Any]:
+        """A batch on the devices: images, labels, keys; filled up with its last image."""
+        rows = np.concatenate([rows, np.repeat(rows[-1:], shape - len(rows))])
+        number = 0 if name == "clean" else 1 + ATTACKS.index(name)
+        keys = _keys_of_images(self.key, number, rows)
+        batch = self.images[rows], self.labels[rows], keys
+        return batch if self.on is None else jax.device_put(batch, mesh.batch_sharding(self.on))
+
+    def _attack(
+        self, name: str, one: APGD | FAB | Square, index: int, rows: np.ndarray, shape: int
+    ) -> BatchRecord:
+        started = time.perf_counter()
+        images, labels, keys = self._put(rows, shape, name)
+        if isinstance(one, Square):
+            points = self._search_squares(one, rows, shape)
+            zero = np.zeros(len(rows), bool)
+        else:
+            run = _unit_from_host if jax.default_backend() == "cpu" else _unit
+            outcome = run(one, self.logits_fn, images, labels, keys, index)
+            points, zero = outcome.points, np.asarray(outcome.zero_gradient)[: len(rows)]
+        # The last word has a look from outside: inside ball and box, and misclassified.
+        fooled, predictions = _verify(self.attack, self.logits_fn, images, labels, points, keys)
+        fooled = np.asarray(fooled)[: len(rows)]
+        return BatchRecord(
+            rows=rows,
+            fooled=fooled,
+            predictions=np.asarray(predictions)[: len(rows)],
+            zero_gradients=np.asarray(zero.sum() if name in ("apgd-dlr", "apgd-t") else 0),
+            seconds=np.asarray(time.perf_counter() - started),
+            points=np.asarray(points)[: len(rows)][fooled],
+        )
+
+    def _search_squares(self, square: Square, rows: np.ndarray, shape: int) -> Any:
+        """All queries; images that are fooled leave, and the others move to a smaller batch."""
+        images, labels, keys = self._put(rows, shape, "square")
+        state = _begin_squares(square, self.logits_fn, images, labels, keys)
+        points = np.array(state.points)
+        left = np.arange(len(rows))
+        done = 0
+        while done < square.queries and len(left):
+            until = min(done + max(done, 100), square.queries)
+            state = _advance_squares(
+                square, self.logits_fn, images, labels, keys, state, done, until
+            )
+            done = until
+            points[left] = np.asarray(state.points)[: len(left)]
+            open_ = np.asarray(state.margin)[: len(left)] < 0
+            kept = np.flatnonzero(open_)
+            left = left[kept]
+            smaller = min(s for s in self.shapes if s >= len(left))
+            if len(left) and smaller < shape:
+                shape = smaller
+                filled = np.concatenate([kept, np.repeat(kept[-1:], shape - len(kept))])
+                state = SquareState(*(np.asarray(part)[filled] for part in state))
+                if self.on is not None:
+                    state = jax.device_put(state, mesh.batch_sharding(self.on))
+                images, labels, keys = self._put(rows[left], shape, "square")
+            elif len(left) < len(open_):
+                # The batch keeps its shape: those that are fooled stay, untouched, at its end.
+                order = np.concatenate([kept, np.flatnonzero(~open_)])
+                order = np.concatenate([order, np.arange(len(order), shape)])
+                state = SquareState(*(np.asarray(part)[order] for part in state))
+                if self.on is not None:
+                    state = jax.device_put(state, mesh.batch_sharding(self.on))
+                images, labels, keys = (part[order] for part in (images, labels, keys))
+        return points
+
+    def _take(self, name: str, record: BatchRecord) -> None:
+        fooled = record.rows[record.fooled]
+        self.robust[fooled] = False
+        self.adversarial[fooled] = record.points
+        self.predictions[fooled] = record.predictions[record.fooled]
+        count = int(record.zero_gradients)
+        self.zero_gradients[name] = self.zero_gradients.get(name, 0) + count
+
+
+class _Bar:
+    """Progress in passes of one image through the network, of which attacks need known numbers."""
+
+    def __init__(self, run: Run, planned: dict[str, APGD | FAB | Square]) -> None:
+        self._run, self._passed = run, 0
+        self._left = {
+            name: one.units(run.num_classes) * _passes(one) for name, one in planned.items()
+        }
+        self._unit = {name: _passes(one) for name, one in planned.items()}
+        self._progress = Progress(run.attack.title, self._total(), unit="pass")
+
+    def _total(self) -> int:
+        return self._passed + sum(self._left.values()) * int(self._run.robust.sum())
+
+    def done(self, name: str, images: int) -> None:
+        passes = self._unit[name] * images
+        self._passed += passes
+        robust = self._run.robust
+        self._progress.expect(self._total(), f"{self._run.attack.title}: {name}")
+        self._progress.advance(passes, f"robust {100 * robust.mean():.2f} %")
+
+    def finish_unit(self, name: str) -> None:
+        self._left[name] -= self._unit[name]
+
+    def close(self) -> None:
+        self._progress.close()
+
+
+def _passes(one: APGD | FAB | Square) -> int:
+    """Forward passes of one unit for one image; a gradient counts as two more."""
+    if isinstance(one, Square):
+        return one.queries
+    if isinstance(one, FAB):
+        return 4 * one.steps
+    return 3 * one.steps * max(one.draws, 1)
+
+
+def _batch_shapes(batch_size: int, on: Mesh | None) -> tuple[int, ...]:
+    """The full batch, a quarter and a sixteenth of it: all that is ever compiled."""
+    devices = 1 if on is None else on.size
+    wanted = {batch_size, *(batch_size // share for share in (4, 16) if batch_size // share >= 8)}
+    return tuple(sorted({-(-size // devices) * devices for size in wanted}, reverse=True))
+
+
+def _pack(rows: np.ndarray, shapes: tuple[int, ...]) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts rows into batches of the given shapes, with little to fill up."""
+    while len(rows):
+        # The largest shape that the rows fill, or else the smallest that holds them.
+        filled = [shape for shape in shapes if shape <= len(rows)]
+        holding = [shape for shape in shapes if shape >= len(rows)]
+        shape = filled[0] if filled else holding[-1]
+        if holding and holding[-1] <= 1.25 * len(rows):
+            shape = holding[-1]
+        yield rows[:shape], shape
+        rows = rows[shape:]
+
+
+@jax.jit
+def _keys_of_images(key: jax.Array, number: int, rows: jax.Array) -> jax.Array:
+    own = jax.random.fold_in(key, number)
+    return jax.vmap(functools.partial(jax.random.fold_in, own))(rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(rand: bool, logits_fn: LogitsFn, images: jax.Array, keys: jax.Array) -> jax.Array:
+    return logits_fn(images, keys[0]) if rand else logits_fn(images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unit(
+    one: APGD | FAB,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    index: jax.Array | int,
+) -> Any:
+    return one.unit(logits_fn, images, labels, keys, index)
+
+
+def _unit_from_host(
+    one: APGD | FAB,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    index: jax.Array | int,
+) -> Any:
+    return one.unit(logits_fn, images, labels, keys, jnp.int32(index), loop_from_host)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin_squares(
+    square: Square, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+) -> SquareState:
+    return square.begin(logits_fn, images, labels, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance_squares(
+    square: Square,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    state: SquareState,
+    first: jax.Array | int,
+    last: jax.Array | int,
+) -> SquareState:
+    return square.advance(logits_fn, images, labels, keys, state, first, last)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _verify(
+    attack: AutoAttack,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    points: jax.Array,
+    keys: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Which points are adversarial examples, and the predictions there."""
+    key = jax.random.fold_in(keys[0], 1)
+    logits = logits_fn(points, key) if attack.version == "rand" else logits_fn(points)
+    predictions = jnp.argmax(logits, axis=1)
+    flat = points.reshape(points.shape[0], -1)
+    in_box = (flat.min(1) >= 0) & (flat.max(1) <= 1)
+    distance = attack.threat.distance(points, images)
+    in_ball = distance <= attack.threat.epsilon * (1 + _ROUNDING)
+    return (predictions != labels) & in_box & in_ball, predictions
