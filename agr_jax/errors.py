@@ -25,5 +25,9 @@ class EvaluationStateError(UserError, ValueError):
     """Saved progress of an evaluation that is damaged or belongs to another one."""
 
 
+class OtherEvaluationError(EvaluationStateError):
+    """Saved progress of an evaluation with other settings, images or weights."""
+
+
 class NonFiniteLossError(UserError, FloatingPointError):
     """A loss that became NaN or infinite."""

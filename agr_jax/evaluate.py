@@ -24,7 +24,7 @@ from agr_jax.attacks.journal import BatchRecord, Journal, digest
 from agr_jax.config import Config
 from agr_jax.data import Dataset, Split, load_dataset, to_unit_range
 from agr_jax.data.batches import evaluation_batches
-from agr_jax.errors import CheckpointError, ConfigError
+from agr_jax.errors import CheckpointError, ConfigError, OtherEvaluationError
 from agr_jax.metrics import Progress, write_atomically
 from agr_jax.models import Classifier
 
@@ -89,6 +89,8 @@ def correct_under_attack(
         record = None if journal is None else journal.next("batch", rows[: stop - start])
         if record is not None:
             masks.append(~record.fooled)
+            if progress is not None:
+                progress.advance()
             continue
         started = time.perf_counter()
         keys = jax.vmap(functools.partial(jax.random.fold_in, root))(rows)
@@ -182,17 +184,27 @@ def evaluate_run(
             "environment": _environment(on),
             "config": config_module.to_dict(config),
         }
+        # What is done of attacks that are not asked for now stays there.
         unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
         with run_folder.locked(unfinished):
             for attack_name, attack in attacks.items():
-                record["attacks"][attack_name] = _evaluate_attack(
-                    attack_name, attack, classifier, split, config, on, unfinished / attack_name
-                )
+                arguments = attack_name, attack, classifier, split, config, on
+                done = unfinished / attack_name
+                try:
+                    found = _evaluate_attack(*arguments, done)
+                except OtherEvaluationError as error:
+                    print(f"beginning anew: {error}", flush=True)
+                    shutil.rmtree(done)
+                    found = _evaluate_attack(*arguments, done)
+                record["attacks"][attack_name] = found
             write_atomically(
                 run_folder.evaluations_path(folder) / f"{name}{subset}.json",
                 json.dumps(record, indent=2) + "\n",
             )
-        shutil.rmtree(unfinished)
+            for attack_name in attacks:
+                shutil.rmtree(unfinished / attack_name, ignore_errors=True)
+            if {path.name for path in unfinished.iterdir()} == {".lock"}:
+                shutil.rmtree(unfinished)
         records.append(record)
     return records
 
@@ -219,11 +231,11 @@ def _evaluate_attack(
             **{field: str(value) for field, value in settings.items()},
             "seed": config.seed,
             "batch_size": config.eval.batch_size,
-            "devices": on.size,
             "images": digest([split.images, split.labels]),
             "network": digest(classifier),
         }
-        batches = -(-len(split.labels) // config.eval.batch_size)
+        batch_size = min(config.eval.batch_size, len(split.labels))
+        batches = -(-len(split.labels) // (batch_size + -batch_size % on.size))
         with Progress(name, batches, unit="batch") as progress:
             correct = correct_under_attack(
                 classifier,

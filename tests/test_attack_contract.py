@@ -85,6 +85,24 @@ def test_few_classes_and_small_batches(name, num_classes, batch):
     )
 
 
+@pytest.mark.slow
+@by_attack
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@by_threat
+def test_narrow_floats(name, dtype, norm):
+    """A network in float32 on narrower images: what comes back has their dtype."""
+    threat = THREATS[norm]
+    logits_fn, images, labels = examples(3, (4, 4, 2), 5)
+    images = images.astype(dtype)
+    wide = jax.tree_util.Partial(lambda f, x: f(x.astype(jnp.float32)), logits_fn)
+    adversarial = ATTACKS[name](threat)(wide, images, labels, jax.random.key(0))
+    assert adversarial.dtype == dtype
+    assert bool(((adversarial >= 0) & (adversarial <= 1)).all())
+    exact = [array.astype(jnp.float32) for array in (adversarial, images)]
+    room = 32 * float(jnp.finfo(dtype).eps)
+    assert (threat.distance(*exact) <= threat.epsilon + room).all()
+
+
 @by_attack
 def test_draws_do_not_depend_on_the_batch(name):
     """With one key for each image, an image's result is the same alone and among others."""

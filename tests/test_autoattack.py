@@ -13,9 +13,9 @@ from golden_networks import trained_network
 from test_golden_attacks import stored_images
 
 from agr_jax import mesh
-from agr_jax.attacks import EvaluationWarning, autoattack, journal
+from agr_jax.attacks import EvaluationWarning, autoattack, autoattack_run, journal
 from agr_jax.attacks.autoattack_run import _batch_shapes, _pack
-from agr_jax.errors import EvaluationStateError
+from agr_jax.errors import EvaluationStateError, OtherEvaluationError
 from agr_jax.threat import L1, L2, Linf
 
 SEQUENCE = {"apgd-ce": "apgd_ce", "apgd-t": "apgd_t", "fab-t": "fab_t", "square": "square"}
@@ -242,6 +242,70 @@ def test_settings_of_the_published_code():
     assert (rand.restarts, rand.draws, rand.large_radii) == (1, 20, False)
 
 
+def test_a_network_without_arrays_is_not_mistaken_for_another(tmp_path):
+    """A closure has no leaves to compare: its logits are."""
+    images = np.random.default_rng(0).uniform(0, 1, (20, 6, 6, 2)).astype(np.float32)
+    one, other = small_network(0), small_network(0)
+    labels = np.asarray(jnp.argmax(one(images), 1))
+    attack = quick(batch_size=20)
+    attack.evaluate(lambda x: 1.0 * one(x), images, labels, KEY, folder=tmp_path, progress=False)
+    with pytest.raises(OtherEvaluationError, match="clean logits"):
+        attack.evaluate(
+            lambda x: 1.1 * other(x), images, labels, KEY, folder=tmp_path, progress=False
+        )
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(OtherEvaluationError, match=r"no identity\.json"):
+        attack.evaluate(one, images, labels, KEY, folder=tmp_path, progress=False)
+
+
+def test_keys_and_constants_among_the_weights(small, tmp_path):
+    logits_fn, images, labels = small
+    given = jax.tree_util.Partial(
+        lambda network, key, images, train: network(images) + 0 * jax.random.uniform(key) * train,
+        logits_fn,
+        jax.random.key(1),
+        train=False,
+    )
+    as_is = quick().evaluate(logits_fn, images, labels, KEY, progress=False)
+    same(quick().evaluate(given, images, labels, KEY, folder=tmp_path, progress=False), as_is)
+
+
+def test_fab_alone_does_not_depend_on_the_batch_size(small):
+    attack = autoattack(Linf(0.02), version="custom", attacks=("fab-t",))
+    results = [
+        dataclasses.replace(attack, batch_size=size).evaluate(*small, KEY, progress=False)
+        for size in (41, 12)
+    ]
+    np.testing.assert_array_equal(results[0].robust, results[1].robust)
+    np.testing.assert_allclose(results[0].adversarial, results[1].adversarial, atol=1e-6)
+    assert (results[0].robust_after["clean"] & ~results[0].robust).sum() > 5
+
+
+@pytest.mark.parametrize("threat", [Linf(0.5 / 255), L2(0.005)], ids=["Linf", "L2"])
+def test_small_radii_lose_nothing_to_rounding(threat):
+    """Pixels of 0.5 and more have steps of 6e-8, which is more than 1e-5 of the radius."""
+    weights = jax.random.normal(jax.random.key(0), (72, 3))
+    logits_fn = jax.tree_util.Partial(lambda w, x: x.reshape(len(x), -1) @ w, weights)
+    images = np.random.default_rng(0).uniform(0.5, 0.9, (60, 6, 6, 2)).astype(np.float32)
+    labels = np.asarray(jnp.argmax(logits_fn(images), 1))
+    attack = autoattack(threat, version="custom", attacks=("apgd-ce",))
+    bent = jax.tree_util.Partial(
+        lambda w, centre, labels, x: (
+            (x.reshape(len(x), -1) - centre) @ w + 1e-4 * jax.nn.one_hot(labels, 3)
+        ),
+        weights,
+        jnp.asarray(images.reshape(60, -1)),
+        jnp.asarray(labels),
+    )
+    key = jax.random.key(0)
+    points = attack.make("apgd-ce", 3)(bent, jnp.asarray(images), jnp.asarray(labels), key)
+    assert (jnp.argmax(bent(points), 1) != labels).all()
+    fooled, _ = autoattack_run._verify(
+        attack, bent, jnp.asarray(images), jnp.asarray(labels), points, jax.random.split(key, 60)
+    )
+    assert fooled.all()
+
+
 # ---- compilation
 
 
@@ -258,7 +322,20 @@ def test_a_second_network_compiles_no_attack(small, caplog):
         ATTACK.evaluate(other, images, own, KEY, progress=False)
     compiled = [m.getMessage() for m in caplog.records if m.getMessage().startswith("Compiling")]
     # The check for randomised networks traces the network anew on purpose.
-    assert [m for m in compiled if "<lambda>" not in m] == []
+    assert [m for m in compiled if "_traced_anew" not in m] == []
+    constant = jax.tree_util.Partial(_small_logits, *other.args)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for network in (small_network(5), constant):
+            caplog.clear()
+            given = jax.tree_util.Partial(_with_flag, network, train=False)
+            ATTACK.evaluate(given, images, labels, KEY, progress=False)
+    compiled = [m.getMessage() for m in caplog.records if m.getMessage().startswith("Compiling")]
+    assert [m for m in compiled if "_traced_anew" not in m] == []
+
+
+def _with_flag(network, images, train):
+    assert train is False
+    return network(images)
 
 
 def test_batches_have_few_shapes():
@@ -309,6 +386,8 @@ def test_rand_gives_the_network_a_key(small):
     attack = autoattack(Linf(0.02), version="rand")
     result = evaluate(noisy, images[:10], labels[:10], attack)
     assert result.attack.title == "AutoAttack (rand)"
+    # One lucky draw is no success: a whole run, judged by fresh draws.
+    assert not attack.make("apgd-ce", 5).stop_when_fooled
     assert result.robust.sum() < result.robust_after["clean"].sum()
 
 

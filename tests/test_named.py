@@ -43,7 +43,19 @@ def test_every_documented_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["pgd", "pgd0", "pgd20x0", "pgd20@l3", "PGD20", "aa", "autoattack-rand", "", "slide20"]
+    "name",
+    [
+        "pgd",
+        "pgd0",
+        "pgd20x0",
+        "pgd20@l3",
+        "PGD20",
+        "aa",
+        "autoattack-rand",
+        "",
+        "slide20",
+        "ifgsm10x5",
+    ],
 )
 def test_other_names_are_refused(name):
     with pytest.raises(ConfigError, match=r"config\.eval\.attacks"):
@@ -64,6 +76,7 @@ def test_titles():
         "clean": "clean",
         "fgsm": "FGSM",
         "pgd20": "PGD-20",
+        "pgd20x5": "PGD-20 x 5",
         "pgd20@l2": "PGD-20, L2",
         "cw20": "CW-inf-20",
         "autoattack": "AutoAttack",

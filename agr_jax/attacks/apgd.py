@@ -20,6 +20,7 @@ from agr_jax.attacks.attack import (
     Outcome,
     as_pytree,
     check_inputs,
+    likeliest_wrong_class,
     loop_on_device,
 )
 from agr_jax.threat import L1, L2, Linf, expand, flatten, gaussian_noise, image_keys, per_image
@@ -35,7 +36,7 @@ class APGD:
     Called as `attack(logits_fn, images, labels, key)`, under `jit` or not. An image that is
     misclassified without an attack is returned as it is; one that is fooled, as the latest iterate
     that was misclassified (the first one with `stop_when_fooled`); any other, as the iterate of
-    highest loss.
+    highest loss of the last run.
 
     Attributes:
         threat: `Linf`, `L2` or `L1` ball.
@@ -216,7 +217,7 @@ class _Objective:
 
         def total(points: jax.Array, *key: jax.Array) -> tuple[jax.Array, Any]:
             logits = self.logits_fn(points, *key)
-            loss = self.loss(logits)
+            loss = self.loss(logits).astype(points.dtype)
             return loss.sum(), (loss, jnp.argmax(logits, axis=1) != self.labels)
 
         evaluate = jax.value_and_grad(total, has_aux=True)
@@ -289,8 +290,7 @@ def _prepare(
     classes = None
     if attack.targets:
         logits = logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
-        # The clean prediction is the label: the second likeliest class is the first target.
-        classes = jnp.argsort(logits, axis=1)[:, -2 - index // attack.restarts]
+        classes = likeliest_wrong_class(logits, labels, index // attack.restarts)
     return start, _Objective(attack, logits_fn, labels, classes, keys[0])
 
 

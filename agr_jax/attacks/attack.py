@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,11 +75,38 @@ def _step_once(step: Step, state: Any, index: jax.Array) -> Any:
 
 
 def as_pytree(logits_fn: LogitsFn) -> LogitsFn:
-    """Makes a callable acceptable to `jit`: pytrees of arrays as they are, others as constants."""
-    leaves = jax.tree.leaves(logits_fn)
-    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+    """Makes a callable acceptable to `jit`: its arrays are arguments, all else is constant.
+
+    So `Partial(model.apply, variables, train=False)` keeps its weights as arguments, and a plain
+    function is a constant as a whole.
+    """
+    leaves, structure = jax.tree.flatten(logits_fn)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    if all(is_array):
         return logits_fn
-    return jax.tree_util.Partial(logits_fn)
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    constants = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    return _WithConstants(arrays, constants, tuple(is_array), structure)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _WithConstants:
+    """A callable pytree some of whose leaves are no arrays."""
+
+    arrays: list[Any]
+    constants: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    is_array: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, *arguments: Any) -> jax.Array:
+        arrays = iter(self.arrays)
+        leaves = [
+            next(arrays) if array else constant
+            for constant, array in zip(self.constants, self.is_array, strict=True)
+        ]
+        logits: jax.Array = jax.tree.unflatten(self.structure, leaves)(*arguments)
+        return logits
 
 
 def check_inputs(images: jax.Array, labels: jax.Array) -> None:
@@ -106,3 +134,9 @@ def check_inputs(images: jax.Array, labels: jax.Array) -> None:
 
 def _as_array(value: Any) -> Any:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def likeliest_wrong_class(logits: jax.Array, labels: jax.Array, rank: jax.Array | int) -> jax.Array:
+    """The class with the `rank`-th largest logit (from 0) beside the label, `[batch]`."""
+    rows = jnp.arange(labels.shape[0])
+    return jnp.argsort(logits.at[rows, labels].set(jnp.inf), axis=1)[:, -2 - rank]

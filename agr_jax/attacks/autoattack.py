@@ -60,7 +60,7 @@ class AutoAttack:
 
     Source: Croce and Hein, ICML 2020, and the settings of the published code (of July 2024). Unlike
     there, Square draws for each image apart, and all draws depend on the key, the attack and the
-    position of an image alone.
+    position of an image alone (but for those of a randomised network, one key for each batch).
     """
 
     threat: Linf | L2 | L1
@@ -167,7 +167,11 @@ class AutoAttack:
             self.version == "plus",
             self.version == "rand",
         )
-        apgd = functools.partial(APGD, self.threat, stop_when_fooled=True, draws=20 if rand else 0)
+        # A draw that happens to be misclassified is no success: a randomised network is judged
+        # by fresh draws, at the latest point of a whole run.
+        apgd = functools.partial(
+            APGD, self.threat, stop_when_fooled=not rand, draws=20 if rand else 0
+        )
         # With `plus` and `rand` the published code keeps to the radius under L1 too.
         wide = l1 and not plus and not rand
         restarts = 5 if plus or (l1 and not rand) else 1
@@ -190,7 +194,8 @@ def _as_arrays(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     dtype = getattr(images, "dtype", None)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"images must be floats in [0, 1], got dtype {dtype}; divide by 255")
-    if getattr(images, "ndim", 4) == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+    shape: tuple[int, ...] = getattr(images, "shape", ())
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[2] == shape[3] > 4:
         raise ValueError(
             f"images must be [examples, height, width, channels], got shape {images.shape}, which "
             "looks like channels first: images.transpose(0, 2, 3, 1)"

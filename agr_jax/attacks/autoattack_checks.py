@@ -5,6 +5,7 @@ Each check returns a message that says what to do, or `None`.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -81,7 +82,7 @@ def randomised(logits_fn: LogitsFn, images: jax.Array) -> str | None:
     # Traced anew each time: what a network draws in Python is a constant of one trace.
     results = []
     for _ in range(2):
-        evaluate = jax.jit(lambda network, images: network(images))
+        evaluate = jax.jit(functools.partial(_traced_anew, object()))
         results += [evaluate(logits_fn, images), evaluate(logits_fn, images)]
     difference = max(_difference(results[0], other) for other in results[1:])
     if difference <= _SAME:
@@ -141,6 +142,10 @@ def square_improves(after: Mapping[str, float]) -> str | None:
         "points, which suggests masked gradients: run Square with more queries, or an attack "
         "adapted to the defence"
     )
+
+
+def _traced_anew(_: object, logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
+    return logits_fn(images)
 
 
 @jax.jit

@@ -22,12 +22,13 @@ from agr_jax.attacks.fab import FAB
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
 from agr_jax.attacks.square import Square, SquareState
 from agr_jax.metrics import Progress
+from agr_jax.threat import L1, L2, Linf
 
 if TYPE_CHECKING:
     from agr_jax.attacks.autoattack import AutoAttack
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-# Relative excess over the radius that rounding can make.
+# Relative excess over the radius that the rounding of sums can make.
 _ROUNDING = 1e-5
 
 
@@ -55,8 +56,10 @@ class Run:
 
     def evaluate(self, folder: Path | None, progress: bool) -> AutoAttackResult:
         """Runs the attacks in their order; see `AutoAttack.evaluate`."""
-        messages = self._checks_before()
-        journal = Journal(folder, self._identity())
+        messages = self._messages_before()
+        for message in messages:
+            checks.warn(message)
+        journal = Journal(folder, {} if folder is None else self._identity())
         robust_after = {"clean": self.robust.copy()}
         seconds: dict[str, float] = {}
         planned = {name: self.attack.make(name, self.num_classes) for name in self.attack.sequence}
@@ -82,34 +85,34 @@ class Run:
             if bar is not None:
                 bar.close()
         after = {name: float(mask.mean()) for name, mask in robust_after.items()}
-        for message in (
-            checks.zero_gradients(self.zero_gradients),
-            checks.square_improves(after),
-        ):
-            if message is not None:
-                checks.warn(message)
-                messages.append(message)
+        found = checks.zero_gradients(self.zero_gradients), checks.square_improves(after)
+        late = [message for message in found if message is not None]
+        for message in late:
+            checks.warn(message)
         return AutoAttackResult(
             self.attack,
             robust_after,
             self.adversarial,
             self.predictions,
             seconds,
-            tuple(messages),
+            tuple(messages + late),
         )
 
     def _clean_predictions(self) -> tuple[np.ndarray, int]:
-        predictions, num_classes = [], 0
+        all_logits = []
         for rows, shape in _pack(np.arange(len(self.labels)), self.shapes):
             images, _, keys = self._put(rows, shape, "clean")
             logits = _logits(self.attack.version == "rand", self.logits_fn, images, keys)
             checks.check_logits(logits, shape)
-            num_classes = logits.shape[1]
-            predictions.append(np.asarray(jnp.argmax(logits, axis=1))[: len(rows)])
-        checks.check_labels(self.labels, num_classes)
-        return np.concatenate(predictions), num_classes
+            all_logits.append(np.asarray(logits)[: len(rows)])
+        logits = np.concatenate(all_logits)
+        checks.check_labels(self.labels, logits.shape[1])
+        # Four digits tell networks apart, and survive another order of a sum.
+        moments = np.abs(logits).mean(), logits.std(), logits[0].max(), logits[-1].max()
+        self.clean_logits = [f"{moment:.4g}" for moment in moments]
+        return logits.argmax(1), logits.shape[1]
 
-    def _checks_before(self) -> list[str]:
+    def _messages_before(self) -> list[str]:
         rows, shape = next(_pack(np.arange(len(self.labels)), self.shapes))
         images, _, keys = self._put(rows, shape, "clean")
         rand = self.attack.version == "rand"
@@ -120,10 +123,7 @@ class Run:
         if not rand:
             checks.check_batch_independence(self.logits_fn, images)
             found.append(checks.randomised(self.logits_fn, images))
-        messages = [message for message in found if message is not None]
-        for message in messages:
-            checks.warn(message)
-        return messages
+        return [message for message in found if message is not None]
 
     def _identity(self) -> dict[str, Any]:
         """What makes two evaluations the same one."""
@@ -137,6 +137,7 @@ class Run:
             "key": np.asarray(jax.random.key_data(self.key)).tolist(),
             "images": digest([self.images, self.labels]),
             "network": digest(self.logits_fn),
+            "clean logits": self.clean_logits,
             "predictions": digest(self.predictions),
         }
 
@@ -344,5 +345,17 @@ def _verify(
     flat = points.reshape(points.shape[0], -1)
     in_box = (flat.min(1) >= 0) & (flat.max(1) <= 1)
     distance = attack.threat.distance(points, images)
-    in_ball = distance <= attack.threat.epsilon * (1 + _ROUNDING)
+    in_ball = distance <= attack.threat.epsilon * (1 + _ROUNDING) + _rounding(attack.threat, flat)
     return (predictions != labels) & in_box & in_ball, predictions
+
+
+def _rounding(threat: Linf | L2 | L1, flat: jax.Array) -> float:
+    """Excess over the radius that the rounding of each pixel, half a unit in its last place, makes.
+
+    It matters for radii as small as 0.003.
+    """
+    pixels = flat.shape[1]
+    unit = float(jnp.finfo(flat.dtype).eps) / 2
+    if isinstance(threat, Linf):
+        return unit
+    return unit * (pixels if isinstance(threat, L1) else pixels**0.5)

@@ -16,6 +16,7 @@ from agr_jax.attacks.attack import (
     Outcome,
     as_pytree,
     check_inputs,
+    likeliest_wrong_class,
     loop_on_device,
 )
 from agr_jax.attacks.hyperplane import step_to_hyperplane
@@ -36,12 +37,12 @@ class FAB:
             linearised boundary is nearest, which costs one gradient for each class.
         steps: in each run.
         restarts: runs (for each target class): the first one from the image, others from a random
-            point within half the radius.
+            point at half the radius.
         alpha_max: largest weight of the step from the image against the step from the iterate.
         overshoot: factor of a step to the boundary, above 1 to cross it.
         backward: share of the way from the image that a misclassified iterate keeps.
-        stop_when_fooled: end once every image of the batch has a point in its ball; the verdict is
-            the same, the points are farther away.
+        stop_when_fooled: keep an image's first point in its ball, and end once every image of the
+            batch has one; the verdict is the same, the points are farther away.
 
     Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary
     attack", ICML 2020, algorithm 1, with the constants of its published code.
@@ -177,8 +178,7 @@ def _prepare(
 ) -> tuple[jax.Array, _Step]:
     targets = None
     if attack.targets:
-        # The clean prediction is the label: the second likeliest class is the first target.
-        targets = jnp.argsort(logits_fn(images), axis=1)[:, -2 - index // attack.restarts]
+        targets = likeliest_wrong_class(logits_fn(images), labels, index // attack.restarts)
     start = images
     if attack.restarts > 1:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
@@ -229,6 +229,8 @@ class _Step:
         wrong = jnp.argmax(self.logits_fn(moved), axis=1) != self.labels
         distance = threat.distance(moved, images)
         nearer = wrong & (distance < found.distance)
+        if attack.stop_when_fooled:
+            nearer &= ~found.in_ball
         best = _Found(
             points=jnp.where(expand(nearer, images), moved, found.points),
             distance=jnp.where(nearer, distance, found.distance),
@@ -251,7 +253,7 @@ def _nearest_boundary(
 
         def total(points: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = logits_fn(points)
-            difference = logits[rows, targets] - logits[rows, labels]
+            difference = (logits[rows, targets] - logits[rows, labels]).astype(points.dtype)
             return difference.sum(), difference
 
         gradient, difference = jax.grad(total, has_aux=True)(points)
@@ -264,7 +266,7 @@ def _nearest_boundary(
     def of_class(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         one_hot = jax.nn.one_hot(jnp.broadcast_to(index, labels.shape), num_classes)
         (gradient,) = pull_back(one_hot.astype(logits.dtype) - is_label)
-        return logits[:, index] - logits[rows, labels], gradient
+        return (logits[:, index] - logits[rows, labels]).astype(points.dtype), gradient
 
     def nearest(best: Any, index: jax.Array) -> tuple[Any, None]:
         difference, gradient = of_class(index)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from agr_jax.errors import EvaluationStateError
+from agr_jax.errors import EvaluationStateError, OtherEvaluationError
 from agr_jax.metrics import write_atomically
 
 
@@ -53,7 +54,8 @@ class Journal:
         identity: numbers and strings that say which evaluation this is.
 
     Raises:
-        EvaluationStateError: if the folder holds another evaluation, or cannot be read.
+        OtherEvaluationError: if the folder holds another evaluation.
+        EvaluationStateError: if it cannot be read.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -67,16 +69,23 @@ class Journal:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 differing = [name for name in identity if found.get(name) != identity[name]]
             except (ValueError, AttributeError) as error:
-                raise EvaluationStateError(f"{path} cannot be read: {error}") from error
+                raise EvaluationStateError(
+                    f"{path} cannot be read ({error}); delete the folder {folder}"
+                ) from error
             if differing:
                 listed = "; ".join(
                     f"{name}: {found.get(name)!r} there, {identity[name]!r} here"
                     for name in differing
                 )
-                raise EvaluationStateError(
+                raise OtherEvaluationError(
                     f"{folder} holds the progress of another evaluation ({listed}); delete it, or "
                     "give another folder"
                 )
+        elif any(folder.glob("[0-9]*-*.npz")):
+            raise OtherEvaluationError(
+                f"{folder} holds batches, but no identity.json that says of which evaluation; "
+                "delete the folder"
+            )
         else:
             write_atomically(path, json.dumps(dict(identity), indent=2) + "\n")
 
@@ -105,7 +114,7 @@ class Journal:
                 f"{path} is damaged ({error}); delete it, and this batch is attacked again"
             ) from error
         if not np.array_equal(record.rows, rows):
-            raise EvaluationStateError(f"{path} is of other images; delete {self._folder}")
+            raise OtherEvaluationError(f"{path} is of other images; delete {self._folder}")
         self._number += 1
         return record
 
@@ -127,7 +136,8 @@ def digest(tree: Any) -> str:
     leaves = jax.tree.leaves(tree)
     hashed = hashlib.sha256()
     for leaf in leaves:
-        array = np.ascontiguousarray(leaf)
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf)
         hashed.update(f"{array.shape}{array.dtype}".encode())
         hashed.update(array.tobytes())
     return hashed.hexdigest()

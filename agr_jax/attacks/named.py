@@ -66,7 +66,7 @@ def title(name: str) -> str:
     elif plain.startswith("cw"):
         shown = f"CW-inf-{plain[2:]}"
     else:
-        shown = re.sub(r"^([A-Z]+)(\d)", r"\1-\2", plain.upper())
+        shown = re.sub(r"^([A-Z]+)(\d+)X?", r"\1-\2 x ", plain.upper()).removesuffix(" x ")
     return f"{shown}, {norm.capitalize()}" if norm else shown
 
 
@@ -109,6 +109,8 @@ def _iterative(
     name: str, match: re.Match[str], threat: Linf | L2 | L1, step_size: float | None
 ) -> PGD:
     kind, steps, restarts = match["kind"], int(match["steps"]), int(match["restarts"] or 1)
+    if kind == "ifgsm" and restarts > 1:
+        raise ConfigError(f"config.eval.attacks: {name!r} starts at the image: it has no restarts")
     if kind == "ifgsm":
         return ifgsm(threat, steps)
     if kind == "slide" and not isinstance(threat, L1):

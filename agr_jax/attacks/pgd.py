@@ -141,7 +141,7 @@ def ifgsm(threat: ThreatModel, steps: int = 10) -> PGD:
 
     Source: Kurakin et al., "Adversarial examples in the physical world", ICLR workshop 2017.
     """
-    return PGD(threat, steps=steps, step_size=threat.epsilon / steps, random_start=False)
+    return PGD(threat, steps=steps, step_size=threat.epsilon / steps or None, random_start=False)
 
 
 def cw_inf(threat: ThreatModel, steps: int = 20, step_size: float | None = None) -> PGD:

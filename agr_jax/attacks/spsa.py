@@ -111,6 +111,7 @@ def _run(
             )(step_keys)
             difference = loss(points + attack.delta * signs) - loss(points - attack.delta * signs)
             weight = jnp.where(direction < directions, difference / (2 * attack.delta), 0)
+            weight = weight.astype(images.dtype)
             return weight.reshape(-1, *(1 for _ in images.shape[1:])) * signs
 
         def loss(queries: jax.Array) -> jax.Array:
