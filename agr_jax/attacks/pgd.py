@@ -169,7 +169,8 @@ def _run_pgd(
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         new_points = _from_random_start(attack, logits_fn, images, labels, own)
         logits = logits_fn(new_points)
-        wrong, new_loss = jnp.argmax(logits, axis=1) != labels, attack.loss(logits, targets)
+        wrong = jnp.argmax(logits, axis=1) != labels
+        new_loss = attack.loss(logits, targets).astype(images.dtype)
         better = ~fooled & (wrong | (new_loss > loss))
         return (
             jnp.where(expand(better, images), new_points, points),
