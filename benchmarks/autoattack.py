@@ -412,13 +412,13 @@ def main() -> None:
             versions += f", torch {torch} ({waiting} waiting)"
         load = os.getloadavg()[0]
         cold = compilation(ours, target, options.attacks)
-        turns = []
+        sides: list[list[Turn]] = [[] for _ in contenders]
         for index in range(options.turns):
             # Who comes first changes from turn to turn.
             order = -1 if index % 2 else 1
-            sides = take_turn(contenders[::order], target, options.attacks)[::order]
-            turns.append([total(turn) for turn in sides])
-    sides = list(zip(*turns, strict=True))
+            turns = take_turn(contenders[::order], target, options.attacks)[::order]
+            for side, turn in zip(sides, turns, strict=True):
+                side.append(total(turn))
     cold[TOTAL] = Timing(*map(sum, zip(*cold.values(), strict=True)))
     print(
         f"{options.network}, {NORMS[options.norm]} {options.epsilon:.4g}, "
