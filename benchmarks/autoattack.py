@@ -13,8 +13,9 @@ left, ours and theirs in turns; a ratio is the median over turns, paired. The im
 left are given a wrong label, so both sides draw and batch as in one whole evaluation. The clean
 pass and the checks before an attack are timed apart and subtracted. Our first turn compiles: it
 counts in the last column alone. CPU seconds (user and system, over all cores) are what a busy
-machine disturbs least. PyTorch's OpenMP threads wait passively unless `OMP_WAIT_POLICY` is set:
-where anything else runs, threads that spin while they wait make PyTorch many times slower.
+machine disturbs least. On a machine with other work give PyTorch `OMP_WAIT_POLICY=PASSIVE`: its
+threads spin while they wait for each other, which is fastest on idle cores (where PASSIVE costs
+it almost half its speed) and many times slower on busy ones. ACTIVE would disturb our turns.
 """
 
 from __future__ import annotations
@@ -195,9 +196,8 @@ def start_theirs(
         "epsilon": options.epsilon,
         "batch_size": options.batch_size,
     }
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         theirs = Theirs(process)
         about = theirs.ask(setup)
@@ -408,8 +408,8 @@ def main() -> None:
         if options.torch_python:
             theirs, torch = stack.enter_context(start_theirs(problem, options, folder))
             contenders.append(theirs)
-            waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE").lower()
-            versions += f", torch {torch} ({waiting} waiting)"
+            waiting = os.environ.get("OMP_WAIT_POLICY", "unset")
+            versions += f", torch {torch} (OMP_WAIT_POLICY {waiting})"
         load = os.getloadavg()[0]
         cold = compilation(ours, target, options.attacks)
         sides: list[list[Turn]] = [[] for _ in contenders]

@@ -20,6 +20,9 @@ from agr_jax.threat import L1, L2, Linf
 
 SEQUENCE = {"apgd-ce": "apgd_ce", "apgd-t": "apgd_t", "fab-t": "fab_t", "square": "square"}
 KEY = jax.random.key(0)
+# Three seeds of the reference are stored. On this network twelve of each were run: these images
+# were robust after 6, 7, 1, 3, 1, 8 of the reference's and after 7, 6, 0, 4, 1, 6 of ours.
+DRAWN_BY_LOT = {"mnist_pgd_madry": (21, 62, 139, 178, 181, 187)}
 
 
 # ---- the reference's verdicts
@@ -44,10 +47,8 @@ def compare(golden, name, file, threat, examples=None):
     agreed = (seeds[0] == seeds[1]) & (seeds[0] == seeds[2])
     differing = (result.robust_after["apgd-t"] != masks["apgd-t"]) & agreed
     print(f"{name} {file}: differing on agreed images {np.flatnonzero(differing).tolist()}")
-    if name != "mnist_pgd_madry":
-        # There two of 198 differ after targeted APGD (images 21 and 178), not yet explained: only
-        # the counts are held to the reference's.
-        assert differing.sum() <= 0.005 * agreed.sum()
+    differing[list(DRAWN_BY_LOT.get(name, ()))] = False
+    assert differing.sum() <= 0.005 * agreed.sum()
     consistent(result, logits_fn, images, labels, threat)
     return result
 
