@@ -47,9 +47,11 @@ class DataConfig:
     """Which images, and how they are augmented.
 
     Attributes:
-        name: data set.
-        dir: folder or archive to read; empty to search `TFDS_DATA_DIR` and `./data`.
-        image_size: side that Tiny ImageNet is resized to (32 or 64); 0 for the set's own.
+        name: data set; `image_folder` is a tree of your own, `train/CLASS/*` and `test/CLASS/*`.
+        dir: folder or archive to read; empty to search `TFDS_DATA_DIR`, `./data`, and
+            `~/tensorflow_datasets`, and to download what is not there.
+        image_size: side that Tiny ImageNet is resized to (32 or 64), or an image folder's images;
+            0 for the set's own.
         subset_ok: accept a partial set; the run is labelled as such.
         train_examples: size of a class-balanced subset of the training set; 0 for all.
         validation_examples: training examples held out to select the best checkpoint; 0 for none.
@@ -58,9 +60,17 @@ class DataConfig:
         flip: flip left and right at random.
         cutout: `devries`, `official` (the published code's) or `none`.
         cutout_size: side of the `devries` square.
+        resize: of an image folder: `crop` the middle of what is longer, or `stretch`.
+        download: fetch the official archive where it is not on this machine.
+        cache: keep decoded images in the user's cache folder, so that the next start is quick.
+        extra: `.npz` file of extra training images (`image`, `label`); empty for none.
+        extra_fraction: share of each batch that comes from `extra`.
+        device_budget_mb: megabytes of images that may lie on each device; what needs more is
+            streamed from the host. 0 for a share of the device's memory.
+        picture: save a picture of the first batch, as the model sees it, in the run folder.
     """
 
-    name: Literal["digits", "cifar10", "cifar100", "tiny_imagenet"]
+    name: Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "image_folder"]
     dir: str
     image_size: NonNegativeInt
     subset_ok: bool
@@ -71,6 +81,13 @@ class DataConfig:
     flip: bool
     cutout: Literal["devries", "official", "none"]
     cutout_size: PositiveInt
+    resize: Literal["crop", "stretch"] = "crop"
+    download: bool = True
+    cache: bool = True
+    extra: str = ""
+    extra_fraction: Annotated[float, Range(0, 1 - 1e-9)] = 0.0
+    device_budget_mb: NonNegativeInt = 0
+    picture: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -278,10 +278,13 @@ def dataset_from_config(config: Config) -> Dataset:
         data.name,
         directory=data.dir or None,
         image_size=data.image_size or None,
+        resize=data.resize,
         subset_ok=data.subset_ok,
         train_examples=data.train_examples or None,
         validation_examples=data.validation_examples,
         seed=config.seed,
+        may_download=data.download,
+        use_cache=data.cache,
     )
 
 

@@ -1,7 +1,7 @@
 """The folder of one run: its lock, its config, and where everything in it lies.
 
-`config.json`, `metrics.jsonl`, `checkpoints/`, `evaluations/*.json`, and `diagnostics/*.npz` where
-they were asked for.
+`config.json`, `data.json` (what was read), `first_batch.png`, `metrics.jsonl`, `checkpoints/`,
+`evaluations/*.json`, and `diagnostics/*.npz` where they were asked for.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from agr_jax import config as config_module
 from agr_jax.config import Config
@@ -19,7 +20,11 @@ from agr_jax.errors import RunFolderError
 from agr_jax.metrics import write_atomically
 
 # A run may be continued with other values of these: they do not change what was trained so far.
-_MAY_CHANGE = ("config.eval.", "config.checkpoints.", "config.data.dir")
+_MAY_CHANGE = (
+    "config.eval.",
+    "config.checkpoints.",
+    *(f"config.data.{n}" for n in ("dir", "download", "cache", "device_budget_mb", "picture")),
+)
 
 
 def default_folder(config: Config) -> Path:
@@ -63,6 +68,16 @@ def evaluations_path(folder: Path) -> Path:
 def diagnostics_path(folder: Path) -> Path:
     """Where a run keeps its diagnostics."""
     return folder / "diagnostics"
+
+
+def picture_path(folder: Path) -> Path:
+    """Where a run keeps the picture of its first batch."""
+    return folder / "first_batch.png"
+
+
+def data_path(folder: Path) -> Path:
+    """Where a run keeps what it read: sources, sizes, digests, splits."""
+    return folder / "data.json"
 
 
 @contextmanager
@@ -128,6 +143,11 @@ def write_config(folder: Path, config: Config) -> None:
     """Writes `config.json`."""
     text = json.dumps(config_module.to_dict(config), indent=2) + "\n"
     write_atomically(config_path(folder), text)
+
+
+def write_data_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes `data.json`: sources, sizes, digests and splits of what a run trains on."""
+    write_atomically(data_path(folder), json.dumps(record, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Config:

@@ -7,18 +7,21 @@ import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from agr_jax import checkpoints, evaluate, leaf_names, mesh, methods, optim, run_folder
+from agr_jax import checkpoints, evaluate, leaf_names, mesh, methods, optim, reports, run_folder
+from agr_jax.batch_picture import save_picture
 from agr_jax.checkpoints import Checkpoints
 from agr_jax.config import Config
 from agr_jax.data import Augmentation, Dataset
-from agr_jax.data.batches import epoch_permutation, steps_per_epoch
+from agr_jax.data.batches import steps_per_epoch
+from agr_jax.data.extra import read_extra
+from agr_jax.data.feed import Feed, TrainingImages
 from agr_jax.diagnostics import DiagnosticsLog
 from agr_jax.errors import ConfigError, NonFiniteLossError
 from agr_jax.interruption import StopOnSignal
@@ -51,9 +54,10 @@ def run(config: Config, folder: Path) -> int:
         on = mesh.data_mesh()
         trainer = create_trainer(config, dataset, on)
         _check_before_start(config, dataset, on)
+        images = training_images(config, dataset)
         run_folder.check(folder, config)
         with StopOnSignal() as stop:
-            interrupted = _train(config, folder, trainer, dataset, stop)
+            interrupted = _train(config, folder, trainer, dataset, images, stop)
         if interrupted:
             return 128 + interrupted
         records = evaluate.evaluate_run(folder, config, dataset=dataset, on=on)
@@ -111,15 +115,42 @@ def _check_before_start(config: Config, dataset: Dataset, on: jax.sharding.Mesh)
             )
 
 
+def training_images(config: Config, dataset: Dataset) -> TrainingImages:
+    """The training set, with the extra images that a config asks for.
+
+    Raises:
+        ConfigError: a file of extra images without a share of the batches for them, or the reverse.
+        DataError: a file that is missing, damaged, or does not fit the data set.
+    """
+    data = config.data
+    if bool(data.extra) != (data.extra_fraction > 0):
+        raise ConfigError(
+            "config.data.extra_fraction: must be above 0 if and only if config.data.extra names a "
+            f"file, got {data.extra_fraction} with extra {data.extra!r}"
+        )
+    if not data.extra:
+        return TrainingImages(dataset.train)
+    extra = read_extra(data.extra, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+    print(
+        f"extra: {len(extra):,} images from {data.extra}, {data.extra_fraction:.0%} of each batch",
+        flush=True,
+    )
+    return TrainingImages(dataset.train, extra, data.extra_fraction, config.seed)
+
+
 def _train(
-    config: Config, folder: Path, trainer: Trainer, dataset: Dataset, stop: StopOnSignal
+    config: Config,
+    folder: Path,
+    trainer: Trainer,
+    dataset: Dataset,
+    images: TrainingImages,
+    stop: StopOnSignal,
 ) -> int:
     """Trains up to `config.epochs`; returns the signal that interrupted it, or 0."""
     per_epoch = trainer.steps_per_epoch
     total = config.epochs * per_epoch
     root = jax.random.key(config.seed)
     init_key, order_key, step_key = (jax.random.fold_in(root, i) for i in range(3))
-    everywhere = mesh.replicated(trainer.on)
     with (
         JsonLines(run_folder.metrics_path(folder)) as log,
         Checkpoints(
@@ -134,28 +165,17 @@ def _train(
             config, folder, trainer, fresh=fresh, expected=expected, saved=saved
         )
         run_folder.write_config(folder, config)
+        run_folder.write_data_record(folder, {**dataset.as_dict(), **images.as_dict()})
         first_step = int(state.step)
         log.forget_after(first_step)
-        diagnostics = None
-        if config.diagnostics:
-            diagnostics = DiagnosticsLog(
-                run_folder.diagnostics_path(folder), leaf_names(state.params)
-            )
-            diagnostics.forget_after(first_step)
-        print(_plan(config, trainer, state, total), flush=True)
-
-        images, labels = jax.device_put((dataset.train.images, dataset.train.labels), everywhere)
-
-        @functools.cache
-        def compiled(method: methods.Method) -> Callable[..., Any]:
-            """The step; the old state's memory is reused for the new one."""
-            return jax.jit(
-                dataclasses.replace(trainer, method=method).step,
-                static_argnames=("clean_gradient", "batch_size"),
-                donate_argnames="state",
-                # What comes out must lie as what went in, or the second step would compile again.
-                out_shardings=everywhere,
-            )
+        diagnostics = _open_diagnostics(config, folder, state)
+        feed = Feed(images, trainer.on, budget_mb=config.data.device_budget_mb)
+        print(reports.plan(config, trainer, state, total, feed), flush=True)
+        compiled = _compiler(trainer, feed)
+        if config.data.picture and first_step == 0:
+            order = images.order(order_key, 0, _batch_sizes(trainer, len(dataset.train)))
+            batch = images.batch(order[: config.batch_size])
+            save_picture(folder, trainer, state, batch, step_key, dataset.class_names)
 
         def save(step: int, score: float | None = None) -> None:
             if not _all_finite(state.variables):
@@ -190,36 +210,38 @@ def _train(
             )
             return number
 
-        progress = Progress("training", total, initial=first_step)
-        with progress, _matmul_precision(config):
+        with (
+            Progress("training", total, initial=first_step) as progress,
+            _matmul_precision(config),
+        ):
             for epoch in range(first_step // per_epoch, config.epochs):
-                order = jax.device_put(
-                    epoch_permutation(order_key, epoch, len(dataset.train.labels)), everywhere
-                )
-                clean_gradient = config.diagnostics or optim.uses_clean_gradient(config.agr, epoch)
                 end = (epoch + 1) * per_epoch
+                sizes = _batch_sizes(trainer, len(dataset.train))
+                first = max(first_step - epoch * per_epoch, 0)
+                shared, batches = feed.epoch(images.order(order_key, epoch, sizes), sizes, first)
                 step = functools.partial(
                     compiled(methods.from_config(config, epoch)),
-                    images=images,
-                    labels=labels,
-                    permutation=order,
                     key=step_key,
-                    clean_gradient=clean_gradient,
+                    clean_gradient=config.diagnostics
+                    or optim.uses_clean_gradient(config.agr, epoch),
+                    **shared,
                 )
-                steps = [
-                    (number, size)
-                    for number, size in _steps_of_epoch(trainer, epoch, len(dataset.train.labels))
-                    if number > first_step
-                ]
+                numbered = [(epoch * per_epoch + i + 1, sizes[i]) for i in range(first, per_epoch)]
                 state, reached = _run_steps(
-                    step, state, steps, meter, stop, progress=progress, diagnostics=diagnostics
+                    step,
+                    state,
+                    zip(numbered, batches, strict=True),
+                    meter,
+                    stop,
+                    progress=progress,
+                    diagnostics=diagnostics,
                 )
                 if stop.signal is not None and reached < end:
                     return leave(reached, stop.signal)
 
                 scores = _validate(config, trainer, state, dataset, epoch)
-                record = _epoch_record(config, per_epoch, epoch, meter, scores)
-                progress.print(_epoch_line(config, record))
+                record = reports.epoch_record(config, per_epoch, epoch, meter, scores)
+                progress.print(reports.epoch_line(config, record))
                 log.write(record)
                 meter = EpochMeter()
                 done = epoch + 1
@@ -235,17 +257,44 @@ def _train(
     return 0
 
 
+def _open_diagnostics(config: Config, folder: Path, state: TrainState) -> DiagnosticsLog | None:
+    """The log that a config asks for, without the steps that are yet to come."""
+    if not config.diagnostics:
+        return None
+    path = run_folder.diagnostics_path(folder)
+    diagnostics = DiagnosticsLog(path, leaf_names(state.params))
+    diagnostics.forget_after(int(state.step))
+    return diagnostics
+
+
+def _compiler(trainer: Trainer, feed: Feed) -> Callable[[methods.Method], Callable[..., Any]]:
+    """Makes the step of a method, once; the old state's memory is reused for the new one."""
+
+    @functools.cache
+    def compiled(method: methods.Method) -> Callable[..., Any]:
+        own = dataclasses.replace(trainer, method=method)
+        return jax.jit(
+            own.step if feed.on_device else own.step_on_batch,
+            static_argnames=["clean_gradient", *(["batch_size"] if feed.on_device else [])],
+            donate_argnames="state",
+            # What comes out must lie as what went in, or the second step would compile again.
+            out_shardings=mesh.replicated(trainer.on),
+        )
+
+    return compiled
+
+
 def _run_steps(
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
-    steps: Sequence[tuple[int, int]],
+    steps: Iterable[tuple[tuple[int, int], dict[str, Any]]],
     meter: EpochMeter,
     stop: StopOnSignal,
     *,
     progress: Progress,
     diagnostics: DiagnosticsLog | None,
 ) -> tuple[TrainState, int]:
-    """Takes the steps, given as (number, batch size), or fewer if asked to stop.
+    """Takes the steps, given as (number, batch size) and arguments, or fewer if asked to stop.
 
     Returns:
         The state, and the number of the last step taken.
@@ -260,8 +309,8 @@ def _run_steps(
 
     started = time.perf_counter()
     reached = 0
-    for reached, size in steps:
-        state, metrics = step(state, batch_size=size)
+    for (reached, size), arguments in steps:
+        state, metrics = step(state, **arguments)
         in_flight.append((reached, size, metrics))
         if len(in_flight) > _STEPS_IN_FLIGHT:
             read_oldest()
@@ -274,11 +323,10 @@ def _run_steps(
     return state, reached
 
 
-def _steps_of_epoch(trainer: Trainer, epoch: int, examples: int) -> list[tuple[int, int]]:
-    """(number counted from 1 over the run, batch size) of each step; the last may be short."""
-    first = epoch * trainer.steps_per_epoch + 1
+def _batch_sizes(trainer: Trainer, examples: int) -> list[int]:
+    """Of an epoch's steps; the last may be short."""
     return [
-        (first + i, min(trainer.batch_size, examples - i * trainer.batch_size))
+        min(trainer.batch_size, examples - i * trainer.batch_size)
         for i in range(trainer.steps_per_epoch)
     ]
 
@@ -313,58 +361,6 @@ def _validate(
         )
         for name, attack in names.items()
     }
-
-
-def _plan(config: Config, trainer: Trainer, state: TrainState, total: int) -> str:
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    device = trainer.on.devices.flat[0]
-    gop, interpolation = optim.start_epochs(config.agr)
-    agr = "off"
-    if config.agr.enabled:
-        agr = ", ".join(
-            f"{name} {'never' if start is None else f'from epoch {start}'}"
-            for name, start in (("GOP", gop), (f"{config.agr.interpolation} mix", interpolation))
-        )
-    return (
-        f"{config.name} ({config.profile}): {config.method}, AGR {agr}\n"
-        f"{config.model.name}, {count:,} parameters, on {trainer.on.size} x {device.device_kind}; "
-        f"steps {int(state.step)} to {total}, {trainer.steps_per_epoch} an epoch"
-    )
-
-
-def _epoch_record(
-    config: Config, per_epoch: int, epoch: int, meter: EpochMeter, scores: dict[str, float]
-) -> dict[str, Any]:
-    """One line of `metrics.jsonl`."""
-    last_step = (epoch + 1) * per_epoch - 1
-    learning_rate = optim.schedule(config.optimizer, config.epochs, per_epoch)(last_step)
-    return {
-        "step": last_step + 1,
-        "epoch": epoch + 1,
-        "learning_rate": float(learning_rate),
-        "seconds": round(meter.seconds, 3),
-        "images_per_second": round(meter.images / meter.seconds, 1),
-        **meter.means(),
-        **scores,
-    }
-
-
-def _epoch_line(config: Config, record: dict[str, Any]) -> str:
-    parts = [f"epoch {record['epoch']}/{config.epochs}"]
-    shown = {
-        "clean_loss": "clean loss {:.3f}",
-        "adversarial_loss": "adversarial loss {:.3f}",
-        "adversarial_accuracy": "training robust accuracy {:.1%}",
-        "validation_clean_accuracy": "held-out clean {:.1%}",
-        checkpoints.SELECTION_METRIC: "robust {:.1%}",
-        "projected": "projected {:.0%}",
-        "images_per_second": "{:.0f} images/s",
-    }
-    if config.method == "standard":
-        shown["adversarial_loss"] = "loss {:.3f}"
-        shown["adversarial_accuracy"] = "training accuracy {:.1%}"
-    parts += [text.format(record[name]) for name, text in shown.items() if name in record]
-    return ", ".join(parts)
 
 
 def _matmul_precision(config: Config) -> Any:

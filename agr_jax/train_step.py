@@ -108,7 +108,7 @@ class Trainer:
             state: of the run.
             images: the whole training set, uint8 `[examples, height, width, channels]`.
             labels: int32 `[examples]`.
-            permutation: order of the examples in this epoch, int32 `[examples]`.
+            permutation: rows of `images` in the order of this epoch, int32.
             key: of the run; every step folds its number in.
             clean_gradient: take the clean gradient too. Static.
             batch_size: of this step; only an epoch's last batch may be shorter. Static.
@@ -117,18 +117,39 @@ class Trainer:
             The next state, and metrics of this step: scalars, and with the clean gradient also
             `leaf_...`, vectors over the leaves in the order of `agr_jax.leaf_names`.
         """
-        step_key = jax.random.fold_in(key, state.step)
-        augment_key, attack_key, loss_key = jax.random.split(step_key, 3)
         start = (state.step % self.steps_per_epoch) * self.batch_size
         rows = jax.lax.dynamic_slice_in_dim(permutation, start, batch_size)
-        chosen = jax.lax.with_sharding_constraint(
-            (images[rows], labels[rows]), mesh.batch_sharding(self.on)
+        return self.step_on_batch(
+            state, images[rows], labels[rows], key, clean_gradient=clean_gradient
         )
+
+    def step_on_batch(
+        self,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+        *,
+        clean_gradient: bool,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The same step on a batch that was chosen elsewhere: images and labels of this step."""
+        batch = self.inputs(state, images, labels, key)
+        return self.update(state, batch, clean_gradient=clean_gradient)
+
+    def inputs(
+        self, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> Batch:
+        """What the losses are taken on: the images augmented, and attacked.
+
+        An image's draws depend on its place in the batch, not on the batch's size.
+        """
+        step_key = jax.random.fold_in(key, state.step)
+        augment_key, attack_key, loss_key = jax.random.split(step_key, 3)
+        chosen = jax.lax.with_sharding_constraint((images, labels), mesh.batch_sharding(self.on))
         clean = to_unit_range(self.augmentation(augment_key, chosen[0]))
         classifier = Classifier(self.model, state.variables)
         adversarial = self.method.adversarial_images(classifier, clean, chosen[1], attack_key)
-        batch = Batch(clean, adversarial, chosen[1], loss_key)
-        return self.update(state, batch, clean_gradient=clean_gradient)
+        return Batch(clean, adversarial, chosen[1], loss_key)
 
     def update(
         self, state: TrainState, batch: Batch, *, clean_gradient: bool

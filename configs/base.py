@@ -76,6 +76,13 @@ def _paper() -> ConfigDict:
                 "flip": True,
                 "cutout": "devries",  # unstated in the paper; the technique that it cites
                 "cutout_size": 16,  # unstated in the paper; DeVries and Taylor
+                "resize": "crop",
+                "download": True,
+                "cache": True,
+                "extra": "",
+                "extra_fraction": 0.0,
+                "device_budget_mb": 0,
+                "picture": True,
             },
             "attack": {
                 "norm": "linf",

@@ -32,6 +32,8 @@ ORDER = [
     "evaluate",
     "interruption",
     "train_step",
+    "batch_picture",
+    "reports",
     "resume",
     "train",
 ]

@@ -1,6 +1,9 @@
 """Data sets by name: where they are looked for, checks of splits, subsets, digits and batches."""
 
+import dataclasses
+import hashlib
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -9,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from agr_jax.data import Dataset, Split, load_dataset
+from agr_jax.data import Dataset, Split, load_dataset, sources
 from agr_jax.data.batches import epoch_permutation, evaluation_batches, steps_per_epoch
 from agr_jax.data.dataset import class_balanced_subset, hold_out
+from agr_jax.data.official import OFFICIAL, records_digest
 from agr_jax.errors import DataError
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -38,6 +42,8 @@ def empty_working_folder(tmp_path, monkeypatch):
     """No test sees data sets of the machine it runs on."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
 
 
@@ -179,7 +185,7 @@ def test_validation_does_not_depend_on_train_examples():
 def test_load_dataset_refuses_bad_arguments():
     with pytest.raises(DataError, match="unknown data set 'mnist': expected digits, cifar10"):
         load_dataset("mnist")
-    with pytest.raises(DataError, match="image_size=64 is for tiny_imagenet only"):
+    with pytest.raises(DataError, match="image_size=64 is for tiny_imagenet and image_folder only"):
         load_dataset("cifar10", image_size=64)
     with pytest.raises(DataError, match="validation_examples must be >= 0"):
         load_dataset("digits", validation_examples=-1)
@@ -204,6 +210,8 @@ def test_nothing_found_says_where_it_looked_and_what_to_do(name, facts, tmp_path
             assert str(place / subfolder) in message
     assert f"{tmp_path / 'tfds'};" in message
     assert f"{tmp_path / 'cwd/data'} (does not exist)" in message
+    assert f"{tmp_path / 'home/tensorflow_datasets'} (does not exist)" in message
+    assert f"python -m agr_jax.data.prepare {name} --dir=FOLDER" in message
     for fact in [*facts, "--config.data.dir=FOLDER", "./data"]:
         assert fact in message
     assert "\n" not in message
@@ -216,8 +224,30 @@ def test_an_explicit_directory_is_the_only_place(tmp_path):
     assert "cwd/data" not in str(caught.value).split("Download")[0]
 
 
+def test_without_a_network_the_failed_download_is_part_of_the_one_error(monkeypatch):
+    here = dataclasses.replace(OFFICIAL["cifar10"], address="http://no-such-host.invalid/archive")
+    monkeypatch.setitem(OFFICIAL, "cifar10", here)
+    with pytest.raises(DataError, match=r"not found\. .* Downloading it failed: .*no network"):
+        load_dataset("cifar10", may_download=True)
+
+
+def test_what_is_on_the_machine_is_not_downloaded(tmp_path, monkeypatch):
+    def fetch(official):
+        raise AssertionError
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    make_cifar10(tmp_path / "home/tensorflow_datasets/downloads/manual/cifar-10-batches-bin")
+    load_dataset("cifar10", subset_ok=True, may_download=True)
+    with pytest.raises(DataError, match="not found"):
+        load_dataset("cifar100", directory=str(tmp_path), may_download=True)
+
+
 @pytest.mark.parametrize("subfolder", ["", "downloads", "downloads/manual", "manual"])
 def test_places_are_tried_in_order(tmp_path, monkeypatch, subfolder):
+    make_cifar10(
+        tmp_path / "home/tensorflow_datasets" / subfolder / "cifar-10-batches-bin", constant=4
+    )
+    assert load_dataset("cifar10", subset_ok=True).train.images[0, 0, 0, 0] == 4
     make_cifar10(tmp_path / "cwd/data" / subfolder / "cifar-10-batches-bin", constant=1)
     assert load_dataset("cifar10", subset_ok=True).train.images[0, 0, 0, 0] == 1
     make_cifar10(tmp_path / "tfds" / subfolder / "cifar-10-batches-bin", constant=2)
@@ -260,7 +290,9 @@ def test_the_pickle_version_is_named(tmp_path):
 
 def test_a_partial_set_needs_permission(tmp_path):
     folder = make_cifar10(tmp_path / "cifar-10-batches-bin", per_class=2)
-    with pytest.raises(DataError, match=r"expected 50,000 \+ 10,000 images, found 100 \+ 20"):
+    with pytest.raises(
+        DataError, match=r"expected 50,000 \+ 10,000 images of 10 classes, found 100 \+ 20"
+    ):
         load_dataset("cifar10", directory=str(folder))
     with pytest.raises(DataError, match=r"--config\.data\.subset_ok=True"):
         load_dataset("cifar10", directory=str(folder))
@@ -268,8 +300,21 @@ def test_a_partial_set_needs_permission(tmp_path):
     assert dataset.describe().endswith("[SUBSET]")
 
 
-def test_a_whole_set_needs_none(tmp_path):
+def test_as_many_other_images_are_refused(tmp_path):
     make_cifar10(tmp_path / "cifar-10-batches-bin", per_class=1000)
+    message = (
+        r"not hold the images and labels of CIFAR-10.*expected SHA-256 3cb34.*found [0-9a-f]{64}"
+    )
+    with pytest.raises(DataError, match=message):
+        load_dataset("cifar10", directory=str(tmp_path))
+    dataset = load_dataset("cifar10", directory=str(tmp_path), subset_ok=True)
+    assert not dataset.complete
+
+
+def test_a_whole_set_needs_none(tmp_path, monkeypatch):
+    make_cifar10(tmp_path / "cifar-10-batches-bin", per_class=1000)
+    made = dataclasses.replace(OFFICIAL["cifar10"], digests={})
+    monkeypatch.setitem(OFFICIAL, "cifar10", made)
     dataset = load_dataset("cifar10", directory=str(tmp_path), validation_examples=1000)
     assert dataset.complete
     assert (len(dataset.train), len(dataset.test)) == (49_000, 10_000)
@@ -283,6 +328,42 @@ def test_real_tiny_imagenet_subset_is_marked():
     archive = os.fspath(SHARED / "data/tiny-imagenet-20.zip")
     with pytest.raises(DataError, match=r"found 10,000 \+ 1,000 images of 20 classes"):
         load_dataset("tiny_imagenet", directory=archive)
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data").is_dir(), reason=f"real images are not there: {SHARED / 'data'}"
+)
+@pytest.mark.slow
+def test_the_digests_are_those_of_the_real_cifar10(tmp_path):
+    """Every image and label of the official set, in its order; one changed pixel is noticed."""
+    program = SHARED / "data" / "unpack.py"
+    subprocess.run([sys.executable, str(program), str(tmp_path)], check=True)
+    dataset = load_dataset("cifar10", directory=str(tmp_path))
+    assert dataset.complete
+    assert dict(dataset.digests) == dict(OFFICIAL["cifar10"].digests)
+    batch = tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin"
+    content = bytearray(batch.read_bytes())
+    content[12_345_678] ^= 1
+    batch.write_bytes(content)
+    with pytest.raises(DataError, match="not hold the images and labels of CIFAR-10"):
+        load_dataset("cifar10", directory=str(tmp_path))
+
+
+def test_the_digest_sees_shape_pixels_labels_and_order():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    labels = np.array([1, 2], np.int32)
+    expected = hashlib.sha256(
+        b"(2, 4, 4, 3)" + images.tobytes() + labels.astype("<i4").tobytes()
+    ).hexdigest()
+    assert records_digest(images, labels) == expected
+    assert records_digest(images, labels.astype(np.int64)) == expected
+    others = [
+        (images.reshape(2, 2, 8, 3), labels),
+        (images ^ 1, labels),
+        (images, labels[::-1]),
+        (images[::-1], labels[::-1]),
+    ]
+    assert len({records_digest(*other) for other in others} | {expected}) == 5
 
 
 def test_steps_per_epoch():

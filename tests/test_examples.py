@@ -1,12 +1,14 @@
 """The examples: a method of one's own trains with AGR, all kinds of classifiers are attacked."""
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from agr_jax import methods, run_folder, train
 from agr_jax.config import from_config_dict
 from agr_jax.metrics import read_json_lines
-from examples import logit_pairing, own_classifier
+from examples import logit_pairing, own_classifier, own_images
 
 
 def small() -> ConfigDict:
@@ -46,6 +48,31 @@ def test_default_folders(field, folder):
     values = small()
     values.update(field)
     assert str(run_folder.default_folder(from_config_dict(values))) == folder
+
+
+def test_own_images_train(tmp_path, capsys):
+    for c, name in enumerate(("dark", "light")):
+        for split in ("train", "test"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                noise = np.random.default_rng([c, i]).integers(0, 100, (30, 40, 3), np.uint8)
+                Image.fromarray(noise + np.uint8(100 * c)).save(folder / f"{i}.jpg")
+    values = own_images.get_config()
+    values.data.dir = str(tmp_path / "images")
+    values.data.image_size = 16
+    values.data.crop_padding = 2
+    values.data.cutout_size = 8
+    values.data.cache = False
+    values.model.name = "wrn10_1"
+    values.model.width = 4
+    values.epochs = 1
+    values.batch_size = 8
+    values.attack.steps = 1
+    values.eval.attacks = ("clean", "fgsm")
+    assert train.run(from_config_dict(values), tmp_path / "run") == 0
+    assert "images: 16 + 16 images of 16x16x3, 2 classes" in capsys.readouterr().out
+    assert (tmp_path / "run" / "first_batch.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["plain", "linen", "nnx", "equinox"])

@@ -13,6 +13,7 @@ from agr_jax.errors import DataError
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
 _NAMES_LIMIT = 64 * 1024
+_COARSE_NAMES = "coarse_label_names.txt"
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,45 @@ def read_cifar100(path: str | Path) -> Dataset:
     return _read(Path(path), _CIFAR100)
 
 
-def _read(path: Path, layout: _Layout) -> Dataset:
+def read_coarse_labels(
+    path: str | Path,
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Reads CIFAR-100's 20 coarse labels from its folder or archive.
+
+    Returns:
+        `{"train": int32 [N], "test": int32 [N]}` in the official order, and the names.
+
+    Raises:
+        DataError: as `read_cifar100`, or without `coarse_label_names.txt`.
+    """
+    path = Path(path)
+    contents = _contents(path, _CIFAR100, _COARSE_NAMES)
+    if _COARSE_NAMES not in contents:
+        raise DataError(f"{path}: expected the file {_COARSE_NAMES}, found none")
+    names = _class_names(path / _COARSE_NAMES, contents[_COARSE_NAMES], 20)
+    coarse = {}
+    for split, file in (("train", "train.bin"), ("test", "test.bin")):
+        _decode(path / file, contents[file], _CIFAR100)  # checks it
+        table = np.frombuffer(contents[file], np.uint8).reshape(-1, _CIFAR100.record_bytes)
+        coarse[split] = table[:, 0].astype(np.int32)
+    return coarse, names
+
+
+def _contents(path: Path, layout: _Layout, names_file: str) -> dict[str, bytes]:
+    """Contents of the layout's files, and of the file of class names if it is there."""
     if path.is_dir():
-        contents = _read_folder(path, layout)
-    elif "-python" in path.name:
+        return _read_folder(path, layout, names_file)
+    if "-python" in path.name:
         raise _pickle_error(path, layout)
-    else:
-        contents = _read_archive(path, layout)
+    return _read_archive(path, layout, names_file)
+
+
+def _read(path: Path, layout: _Layout) -> Dataset:
+    contents = _contents(path, layout, layout.names_file)
     names = contents.pop(layout.names_file, None)
-    class_names = layout.class_names if names is None else _class_names(path, names, layout)
+    class_names = layout.class_names
+    if names is not None:
+        class_names = _class_names(path / layout.names_file, names, layout.num_classes)
     parts = {file: _decode(path / file, content, layout) for file, content in contents.items()}
     train_parts = [parts[file] for file in layout.train_files]
     return Dataset(
@@ -131,7 +162,7 @@ def _size_limits(layout: _Layout) -> dict[str, int]:
     return {file: records * layout.record_bytes for file, records in layout.records.items()}
 
 
-def _read_folder(path: Path, layout: _Layout) -> dict[str, bytes]:
+def _read_folder(path: Path, layout: _Layout, names_file: str) -> dict[str, bytes]:
     limits = _size_limits(layout)
     missing = [file for file in limits if not (path / file).is_file()]
     if missing:
@@ -143,7 +174,7 @@ def _read_folder(path: Path, layout: _Layout) -> dict[str, bytes]:
             f"missing {', '.join(missing)}"
         )
     contents = {}
-    for file, limit in {**limits, layout.names_file: _NAMES_LIMIT}.items():
+    for file, limit in {**limits, names_file: _NAMES_LIMIT}.items():
         if not (path / file).is_file():
             continue  # the class names, the only file that may be absent
         size = (path / file).stat().st_size
@@ -153,13 +184,13 @@ def _read_folder(path: Path, layout: _Layout) -> dict[str, bytes]:
     return contents
 
 
-def _read_archive(path: Path, layout: _Layout) -> dict[str, bytes]:
+def _read_archive(path: Path, layout: _Layout, names_file: str) -> dict[str, bytes]:
     prefix = f"{layout.folder}/"
     try:
         members = read_tar_members(
             path,
             {prefix + file: limit for file, limit in _size_limits(layout).items()},
-            optional={prefix + layout.names_file: _NAMES_LIMIT},
+            optional={prefix + names_file: _NAMES_LIMIT},
         )
     except MissingMembersError as error:
         if any(name.startswith(f"{layout.pickle_folder}/") for name in error.found):
@@ -191,14 +222,11 @@ def _decode(path: Path, content: bytes, layout: _Layout) -> Split:
     )
 
 
-def _class_names(path: Path, content: bytes, layout: _Layout) -> tuple[str, ...]:
+def _class_names(path: Path, content: bytes, expected: int) -> tuple[str, ...]:
     lines = content.decode("utf-8", errors="replace").split("\n")
     names = tuple(line.strip() for line in lines if line.strip())
-    if len(names) != layout.num_classes:
-        raise DataError(
-            f"{path / layout.names_file}: expected {layout.num_classes} class names, "
-            f"found {len(names)}"
-        )
+    if len(names) != expected:
+        raise DataError(f"{path}: expected {expected} class names, found {len(names)}")
     return names
 
 

@@ -1,11 +1,15 @@
 """In-memory image data sets, checked when they are made, and class-balanced parts of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from agr_jax.errors import DataError
+
+# Makes an array of a shape and dtype, in memory as `np.empty`, or on disk.
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 
 # Separate random streams, so that holding out and subsetting with one seed stay independent.
 _SUBSET_STREAM = 0
@@ -68,6 +72,8 @@ class Dataset:
         validation: examples held out of the training set, or None.
         source: where it was read from.
         complete: False for a part of the official set.
+        digests: `records_digest` of train and test as they were read, before any were held out or
+            left out; empty where nobody took them.
 
     Raises:
         DataError: a label outside 0..num_classes-1, or splits of different image shapes.
@@ -80,6 +86,7 @@ class Dataset:
     validation: Split | None
     source: str
     complete: bool
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         splits = {"train": self.train, "test": self.test, "validation": self.validation}
@@ -108,6 +115,19 @@ class Dataset:
         """Shape of one image, (H, W, C)."""
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
+
+    def as_dict(self) -> dict[str, Any]:
+        """What to record of it: JSON values."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            "name": self.name,
+            "source": self.source,
+            "complete": self.complete,
+            "image_shape": list(self.image_shape),
+            "class_names": list(self.class_names),
+            "examples": {name: len(split) for name, split in splits.items() if split is not None},
+            "digests": dict(self.digests),
+        }
 
     def describe(self) -> str:
         """Returns one line: name, sizes, image shape, classes, source, [SUBSET] if partial."""

@@ -1,73 +1,29 @@
-"""Finding a data set on disk by its name, and loading it."""
+"""Finding a data set by its name, on this machine or else on the network, and loading it."""
+
+from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from agr_jax.data import cache, prepared
 from agr_jax.data.cifar import read_cifar10, read_cifar100
-from agr_jax.data.dataset import Dataset, class_balanced_subset, hold_out
+from agr_jax.data.dataset import Allocate, Dataset, class_balanced_subset, hold_out
+from agr_jax.data.decoding import Resize
 from agr_jax.data.digits import read_digits
+from agr_jax.data.download import DownloadError, download
+from agr_jax.data.image_folder import read_image_folder
+from agr_jax.data.official import OFFICIAL, Official, records_digest
 from agr_jax.data.tiny_imagenet import read_tiny_imagenet
 from agr_jax.errors import DataError
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "tiny_imagenet"]
+DatasetName = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "image_folder"]
 _SUBFOLDERS = ("", "downloads", "downloads/manual", "manual")
-
-
-@dataclass(frozen=True)
-class _Official:
-    """What the authors of a data set publish."""
-
-    title: str
-    folder: str
-    marker: str  # a file that shows that a folder of any name is this data set
-    archive: str
-    archive_bytes: int
-    address: str
-    sizes: str
-    unreadable: tuple[str, ...]  # the pickle version
-    read: Callable[[Path], Dataset]
-
-
-_OFFICIAL = {
-    "cifar10": _Official(
-        title="CIFAR-10",
-        folder="cifar-10-batches-bin",
-        marker="data_batch_1.bin",
-        archive="cifar-10-binary.tar.gz",
-        archive_bytes=170_052_171,
-        address="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        sizes="50,000 + 10,000 images",
-        unreadable=("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-        read=read_cifar10,
-    ),
-    "cifar100": _Official(
-        title="CIFAR-100",
-        folder="cifar-100-binary",
-        marker="fine_label_names.txt",
-        archive="cifar-100-binary.tar.gz",
-        archive_bytes=168_513_733,
-        address="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        sizes="50,000 + 10,000 images of 100 classes",
-        unreadable=("cifar-100-python", "cifar-100-python.tar.gz"),
-        read=read_cifar100,
-    ),
-    "tiny_imagenet": _Official(
-        title="Tiny ImageNet",
-        folder="tiny-imagenet-200",
-        marker="wnids.txt",
-        archive="tiny-imagenet-200.zip",
-        archive_bytes=248_100_043,
-        address="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-        sizes="100,000 + 10,000 images of 200 classes",
-        unreadable=(),
-        read=read_tiny_imagenet,
-    ),
-}
 
 
 def load_dataset(
@@ -75,52 +31,58 @@ def load_dataset(
     *,
     directory: str | None = None,
     image_size: int | None = None,
+    resize: Resize = "crop",
     subset_ok: bool = False,
     train_examples: int | None = None,
     validation_examples: int = 0,
     seed: int = 0,
+    may_download: bool = False,
+    use_cache: bool = False,
 ) -> Dataset:
-    """Loads a data set into memory from files that are already on this machine.
+    """Loads a data set, from the first of these places that has it.
+
+    `directory`, and no other place, if it is given; `$TFDS_DATA_DIR`; `./data`; the default folder
+    of TensorFlow Datasets, `~/tensorflow_datasets`; the official address. In a folder the official
+    folder or archive is looked for, also in `downloads` and `downloads/manual`, and what TFDS
+    prepared, `<name>/<version>`.
 
     Args:
-        name: "digits" (comes with scikit-learn), "cifar10", "cifar100" or "tiny_imagenet".
-        directory: the only place to look at: the official folder or archive, or a folder that
-            holds one. By default $TFDS_DATA_DIR, then ./data.
-        image_size: 32 (the default, as in the official code) or 64; for tiny_imagenet only.
-        subset_ok: accept files that hold a part of the official set.
+        name: "digits" (comes with scikit-learn), "cifar10", "cifar100", "tiny_imagenet", or
+            "image_folder" (`read_image_folder`), which needs `directory` and `image_size`.
+        directory: the only place to look at.
+        image_size: side of an image folder's images; for tiny_imagenet 32 (the default, as in the
+            official code) or 64; not for the others.
+        resize: `crop` or `stretch`, for an image folder.
+        subset_ok: accept a part of the official set, or images that differ from it.
         train_examples: keep a class-balanced draw of this many training examples; the set then
             counts as partial.
         validation_examples: first hold this many out of the training set, class-balanced. Which
             ones does not depend on `train_examples`.
         seed: of both draws, >= 0.
+        may_download: fetch the official archive where nothing was found, into `$TFDS_DATA_DIR` or
+            `~/tensorflow_datasets`.
+        use_cache: keep the decoded images in `cache.default_folder()`, and use what is there.
 
     Returns:
-        uint8 images and int32 labels in splits train, test and, if asked for, validation.
+        uint8 images and int32 labels in splits train, test and, if asked for, validation. With the
+        cache the images are memory-mapped.
 
     Raises:
         DataError: unknown name, not found, damaged, partial, or too few examples.
     """
-    if name != "digits" and name not in _OFFICIAL:
-        raise DataError(f"unknown data set {name!r}: expected digits, {', '.join(_OFFICIAL)}")
-    if image_size is not None and name != "tiny_imagenet":
-        raise DataError(f"image_size={image_size} is for tiny_imagenet only, not for {name}")
-    if validation_examples < 0:
-        raise DataError(f"validation_examples must be >= 0, got {validation_examples}")
+    _check_arguments(name, directory, image_size, validation_examples)
     if name == "digits":
         dataset = read_digits()
+    elif name == "image_folder":
+        dataset = _image_folder(
+            Path(str(directory)).expanduser(), image_size or 0, resize, use_cache
+        )
     else:
-        official = _OFFICIAL[name]
-        path = _find(official, directory)
-        if name == "tiny_imagenet":
-            dataset = read_tiny_imagenet(path, image_size=32 if image_size is None else image_size)
-        else:
-            dataset = official.read(path)
-        if not dataset.complete and not subset_ok:
-            raise DataError(
-                f"{path} holds a part of {official.title}: expected {official.sizes}, found "
-                f"{len(dataset.train):,} + {len(dataset.test):,} images of {dataset.num_classes} "
-                "classes; to use it all the same pass --config.data.subset_ok=True"
-            )
+        official = OFFICIAL[name]
+        path = find(official, directory, may_download=may_download)
+        if name == "tiny_imagenet" and image_size is None:
+            image_size = 32
+        dataset = _official(official, path, image_size, subset_ok, use_cache)
     if validation_examples:
         with _named("validation_examples"):
             rest, held_out = hold_out(
@@ -137,6 +99,88 @@ def load_dataset(
     return dataset
 
 
+def _check_arguments(
+    name: str, directory: str | None, image_size: int | None, validation_examples: int
+) -> None:
+    names = ("digits", *OFFICIAL, "image_folder")
+    if name not in names:
+        raise DataError(f"unknown data set {name!r}: expected {', '.join(names)}")
+    if name == "image_folder":
+        if directory is None:
+            raise DataError("image_folder: dir must name the folder that holds train and test")
+        if not image_size:
+            raise DataError("image_folder: image_size must be given, in pixels")
+    elif image_size is not None and name != "tiny_imagenet":
+        raise DataError(
+            f"image_size={image_size} is for tiny_imagenet and image_folder only, not for {name}"
+        )
+    if validation_examples < 0:
+        raise DataError(f"validation_examples must be >= 0, got {validation_examples}")
+
+
+def _official(
+    official: Official, path: Path, image_size: int | None, subset_ok: bool, use_cache: bool
+) -> Dataset:
+    def build(allocate: Allocate) -> Dataset:
+        if prepared.is_prepared(path):
+            dataset = prepared.read_prepared(path, official, image_size=image_size)
+        elif official.name == "tiny_imagenet":
+            assert image_size is not None
+            dataset = read_tiny_imagenet(path, image_size=image_size, allocate=allocate)
+        else:
+            dataset = {"cifar10": read_cifar10, "cifar100": read_cifar100}[official.name](path)
+        digests = _digests(dataset)
+        differing = [split for split, d in official.digests.items() if digests[split] != d]
+        if dataset.complete and differing:
+            dataset = dataclasses.replace(dataset, complete=False)
+        return dataclasses.replace(dataset, digests=digests)
+
+    if use_cache:
+        settings = {"image_size": image_size}
+        dataset = cache.load_or_build(official.name, path, settings, build)
+    else:
+        dataset = build(np.empty)
+    if not (dataset.complete or subset_ok):
+        raise DataError(_incomplete(official, path, dataset))
+    return dataset
+
+
+def _incomplete(official: Official, path: Path, dataset: Dataset) -> str:
+    found = (len(dataset.train), len(dataset.test)), dataset.num_classes
+    permit = "to use it all the same pass --config.data.subset_ok=True"
+    differing = (s for s, digest in official.digests.items() if dataset.digests[s] != digest)
+    split = next(differing, None)
+    if found == (official.sizes, official.classes) and split is not None:
+        return (
+            f"{path} does not hold the images and labels of {official.title}, though as many: "
+            f"expected SHA-256 {official.digests[split]} of the {split} records, found "
+            f"{dataset.digests[split]}; get the official archive again, or {permit}"
+        )
+    return (
+        f"{path} holds a part of {official.title}: expected {official.described}, found "
+        f"{len(dataset.train):,} + {len(dataset.test):,} images of {dataset.num_classes} "
+        f"classes; {permit}"
+    )
+
+
+def _image_folder(path: Path, image_size: int, resize: Resize, use_cache: bool) -> Dataset:
+    def build(allocate: Allocate) -> Dataset:
+        dataset = read_image_folder(path, image_size=image_size, resize=resize, allocate=allocate)
+        return dataclasses.replace(dataset, digests=_digests(dataset))
+
+    if not use_cache:
+        return build(np.empty)
+    settings = {"image_size": image_size, "resize": resize}
+    return cache.load_or_build("image_folder", path, settings, build)
+
+
+def _digests(dataset: Dataset) -> dict[str, str]:
+    return {
+        name: records_digest(split.images, split.labels)
+        for name, split in (("train", dataset.train), ("test", dataset.test))
+    }
+
+
 @contextmanager
 def _named(field: str) -> Iterator[None]:
     """Puts the argument's name before the message of an error."""
@@ -146,43 +190,104 @@ def _named(field: str) -> Iterator[None]:
         raise DataError(f"{field}: {error}") from error
 
 
-def _find(official: _Official, directory: str | None) -> Path:
-    """The first official folder or archive in the places to look at."""
+def default_tfds_folder() -> Path:
+    """Where TensorFlow Datasets puts data sets by default."""
+    return Path.home() / "tensorflow_datasets"
+
+
+def _bases(directory: str | None) -> list[Path]:
     if directory is not None:
-        bases = [Path(directory).expanduser()]
-    else:
-        from_environment = os.environ.get("TFDS_DATA_DIR")
-        bases = [Path(from_environment).expanduser()] if from_environment else []
-        bases.append(Path("data"))
+        return [Path(directory).expanduser()]
+    from_environment = os.environ.get("TFDS_DATA_DIR")
+    bases = [Path(from_environment).expanduser()] if from_environment else []
+    return [*bases, Path("data"), default_tfds_folder()]
+
+
+def find(official: Official, directory: str | None, *, may_download: bool = False) -> Path:
+    """The first official folder, archive or prepared folder in the places to look at.
+
+    Args:
+        official: what to look for.
+        directory: the only place, or `None` for all.
+        may_download: fetch the archive where nothing was found and no place was given.
+
+    Raises:
+        DataError: nothing found: the places, and what to do.
+    """
     looked_at: list[str] = []
     unreadable: list[str] = []
-    for base in bases:
-        if base.is_file() or (base / official.marker).is_file() or base.name == official.folder:
-            return base
+    for base in _bases(directory):
+        found = find_raw(official, base)
+        if found is None:
+            found = base if prepared.is_prepared(base) else None
+        if found is None:
+            found = prepared.find_prepared(base, official.name)
+        if found is not None:
+            return found
         for place in (base / subfolder for subfolder in _SUBFOLDERS):
             looked_at.append(f"{place.absolute()}{'' if place.is_dir() else ' (does not exist)'}")
-            found = _find_in(official, place)
-            if found is not None:
-                return found
             unreadable += [str(place / n) for n in official.unreadable if (place / n).exists()]
         if base.name in official.unreadable:
             unreadable.append(str(base))
+    failed = ""
+    if may_download and directory is None and not unreadable:
+        try:
+            return fetch(official)
+        except DownloadError as error:
+            failed = f" Downloading it failed: {error}."
+    raise DataError(_not_found(official, looked_at, unreadable, failed))
+
+
+def find_raw(official: Official, base: Path) -> Path | None:
+    """The official folder or archive at a place, in it, or in its folders of downloads."""
+    itself = base.is_file() or (base / official.marker).is_file()
+    if itself or base.name == official.folder:
+        return base
+    places = (base / subfolder for subfolder in _SUBFOLDERS)
+    return next((found for place in places if (found := _find_in(official, place))), None)
+
+
+def find_raw_anywhere(official: Official, first: Path) -> Path | None:
+    """The official folder or archive in `first`, or else in the usual places."""
+    bases = (first, *_bases(None))
+    return next((found for base in bases if (found := find_raw(official, base))), None)
+
+
+def fetch(official: Official) -> Path:
+    """Downloads the official archive into `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+
+    Raises:
+        DownloadError: if that fails.
+    """
+    base = Path(os.environ.get("TFDS_DATA_DIR") or default_tfds_folder()).expanduser()
+    path = base / "downloads" / "manual" / official.archive
+    print(
+        f"{official.title}: not on this machine; downloading {official.archive_bytes / 1e6:.0f} MB "
+        f"from {official.address} to {path}",
+        flush=True,
+    )
+    return download(official.address, path, size=official.archive_bytes, checksum=official.checksum)
+
+
+def _not_found(official: Official, looked_at: list[str], unreadable: list[str], failed: str) -> str:
     message = (
-        f"{official.title} not found. Looked for the folder {official.folder} and the archive "
-        f"{official.archive} in: {'; '.join(looked_at)}. Download {official.archive} "
+        f"{official.title} not found. Looked for the folder {official.folder}, the archive "
+        f"{official.archive} and {official.name} as TFDS prepares it in: "
+        f"{'; '.join(looked_at)}.{failed} Download {official.archive} "
         f"({official.archive_bytes:,} bytes, {official.archive_bytes / 1e6:.0f} MB) from "
         f"{official.address} and put it into ./data, or pass --config.data.dir=FOLDER with the "
-        "folder that holds it."
+        "folder that holds it. On a machine with a network `python -m agr_jax.data.prepare "
+        f"{official.name} --dir=FOLDER` downloads and prepares it; copy the folder here."
     )
     if unreadable:
         message += (
             f" Found {', '.join(unreadable)}: that is the Python (pickle) version, which is never "
             "read; the binary version is needed."
         )
-    raise DataError(message)
+    return message
 
 
-def _find_in(official: _Official, place: Path) -> Path | None:
+def _find_in(official: Official, place: Path) -> Path | None:
     if (place / official.folder).is_dir():
         return place / official.folder
     if (place / official.archive).is_file():

@@ -1,17 +1,16 @@
 """Tiny ImageNet in its official layout: the folder or the .zip archive."""
 
 import contextlib
-import io
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from agr_jax.data.archives import ZipMembers
-from agr_jax.data.dataset import Dataset, Split
+from agr_jax.data.dataset import Allocate, Dataset, Split
+from agr_jax.data.decoding import decode_all
 from agr_jax.errors import DataError
 
 _FOLDER = "tiny-imagenet-200"
@@ -21,7 +20,6 @@ _TRAIN_PER_CLASS = 500
 _TEST_EXAMPLES = 10_000
 _MEMBER_LIMIT = 16 * 2**20
 _TOTAL_LIMIT = 2 * 2**30
-_IMAGES_PER_TASK = 256
 
 
 class _Tree(Protocol):
@@ -65,7 +63,9 @@ class _ZipTree:
         return self._members.read(f"{_FOLDER}/{name}")
 
 
-def read_tiny_imagenet(path: str | Path, *, image_size: int = 64) -> Dataset:
+def read_tiny_imagenet(
+    path: str | Path, *, image_size: int = 64, allocate: Allocate = np.empty
+) -> Dataset:
     """Reads Tiny ImageNet from the folder `tiny-imagenet-200` or `tiny-imagenet-200.zip`.
 
     Class i is the i-th of the sorted WordNet ids, and the labelled validation images are the test
@@ -74,6 +74,7 @@ def read_tiny_imagenet(path: str | Path, *, image_size: int = 64) -> Dataset:
     Args:
         path: the folder or the archive.
         image_size: 64, or 32 for Pillow's antialiased bilinear resize (torchvision's `Resize`).
+        allocate: makes the array of a split's images.
 
     Returns:
         uint8 [N, image_size, image_size, 3] images, grey ones converted to RGB; `complete` iff
@@ -86,24 +87,10 @@ def read_tiny_imagenet(path: str | Path, *, image_size: int = 64) -> Dataset:
         raise DataError(f"tiny_imagenet: image_size must be 32 or 64, got {image_size}")
     path = Path(path)
     with _open_tree(path) as tree:
-        wordnet_ids = sorted(set(_lines(tree.read("wnids.txt"))))
-        if not wordnet_ids:
-            raise DataError(f"{path}: expected WordNet ids in wnids.txt, found none")
-        train_files: list[str] = []
-        train_labels: list[int] = []
-        per_class = []
-        for label, wordnet_id in enumerate(wordnet_ids):
-            folder = f"train/{wordnet_id}/images"
-            files = tree.listing(folder)
-            if not files:
-                raise DataError(f"{path}: expected JPEG images in {folder}, found none")
-            per_class.append(len(files))
-            train_files += [f"{folder}/{file}" for file in files]
-            train_labels += [label] * len(files)
-        test_files, test_labels = _annotations(path, tree, wordnet_ids)
-        class_names = _class_names(tree, wordnet_ids)
-        train = _decode(path, tree, train_files, train_labels, image_size)
-        test = _decode(path, tree, test_files, test_labels, image_size)
+        class_names, files = _listed(path, tree)
+        train = _decode(path, tree, files["train"], image_size, allocate)
+        test = _decode(path, tree, files["test"], image_size, allocate)
+    per_class = np.bincount(train.labels, minlength=len(class_names))
     return Dataset(
         name="Tiny ImageNet",
         class_names=class_names,
@@ -111,8 +98,47 @@ def read_tiny_imagenet(path: str | Path, *, image_size: int = 64) -> Dataset:
         test=test,
         validation=None,
         source=str(path),
-        complete=per_class == [_TRAIN_PER_CLASS] * _CLASSES and len(test) == _TEST_EXAMPLES,
+        complete=per_class.tolist() == [_TRAIN_PER_CLASS] * _CLASSES
+        and len(test) == _TEST_EXAMPLES,
     )
+
+
+def list_files(path: str | Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:
+    """The names of the classes, and the files of both splits with their labels.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    with _open_tree(Path(path)) as tree:
+        return _listed(Path(path), tree)
+
+
+def contents(
+    path: str | Path, files: Sequence[tuple[str, int]]
+) -> Iterator[tuple[str, int, bytes]]:
+    """Name, label and content of each file that `list_files` gave.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    with _open_tree(Path(path)) as tree:
+        for name, label in files:
+            yield name, label, tree.read(name)
+
+
+def _listed(path: Path, tree: _Tree) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:
+    wordnet_ids = sorted(set(_lines(tree.read("wnids.txt"))))
+    if not wordnet_ids:
+        raise DataError(f"{path}: expected WordNet ids in wnids.txt, found none")
+    train: list[tuple[str, int]] = []
+    for label, wordnet_id in enumerate(wordnet_ids):
+        folder = f"train/{wordnet_id}/images"
+        names = tree.listing(folder)
+        if not names:
+            raise DataError(f"{path}: expected JPEG images in {folder}, found none")
+        train += [(f"{folder}/{name}", label) for name in names]
+    test = _annotations(path, tree, wordnet_ids)
+    return _class_names(tree, wordnet_ids), {"train": train, "test": test}
 
 
 @contextlib.contextmanager
@@ -124,12 +150,11 @@ def _open_tree(path: Path) -> Iterator[_Tree]:
             yield _ZipTree(members)
 
 
-def _annotations(path: Path, tree: _Tree, wordnet_ids: list[str]) -> tuple[list[str], list[int]]:
+def _annotations(path: Path, tree: _Tree, wordnet_ids: list[str]) -> list[tuple[str, int]]:
     """Files and labels of the test split, from val/val_annotations.txt."""
     labels_of = {wordnet_id: label for label, wordnet_id in enumerate(wordnet_ids)}
     present = set(tree.listing("val/images"))
-    files: list[str] = []
-    labels: list[int] = []
+    files: list[tuple[str, int]] = []
     for line in _lines(tree.read("val/val_annotations.txt")):
         name, wordnet_id, *_ = [*line.split("\t"), ""]
         if wordnet_id not in labels_of:
@@ -139,11 +164,10 @@ def _annotations(path: Path, tree: _Tree, wordnet_ids: list[str]) -> tuple[list[
             )
         if name not in present:
             raise DataError(f"{path}: expected the image val/images/{name}, found none")
-        files.append(f"val/images/{name}")
-        labels.append(labels_of[wordnet_id])
+        files.append((f"val/images/{name}", labels_of[wordnet_id]))
     if not files:
         raise DataError(f"{path}: expected lines in val/val_annotations.txt, found none")
-    return files, labels
+    return files
 
 
 def _class_names(tree: _Tree, wordnet_ids: list[str]) -> tuple[str, ...]:
@@ -156,44 +180,17 @@ def _class_names(tree: _Tree, wordnet_ids: list[str]) -> tuple[str, ...]:
     return tuple(words.get(wordnet_id, wordnet_id).split(",")[0] for wordnet_id in wordnet_ids)
 
 
-def _decode(path: Path, tree: _Tree, files: list[str], labels: list[int], image_size: int) -> Split:
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-
-    def decode_range(start: int) -> None:
-        for index in range(start, min(start + _IMAGES_PER_TASK, len(files))):
-            images[index] = _decode_jpeg(path, files[index], tree.read(files[index]), image_size)
-
-    # Pillow decodes outside the interpreter lock, so threads suffice.
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(decode_range, range(0, len(files), _IMAGES_PER_TASK)):
-            pass
-    return Split(images, np.asarray(labels, np.int32))
-
-
-def _decode_jpeg(path: Path, name: str, content: bytes, image_size: int) -> np.ndarray:
-    """One image, uint8 [image_size, image_size, 3]."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError("tiny_imagenet: Pillow is missing: pip install pillow") from error
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as opened:
-            size = opened.size
-            # Checked before decoding: a small file may declare a gigantic image.
-            image = opened.convert("RGB") if size == (_NATIVE_SIZE, _NATIVE_SIZE) else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: unreadable image {name}: expected a JPEG file, "
-            f"found {len(content):,} bytes: {error}"
-        ) from error
-    if image is None:
-        raise DataError(
-            f"{path}: image {name}: expected {_NATIVE_SIZE}x{_NATIVE_SIZE} pixels, "
-            f"found {size[0]}x{size[1]}"
-        )
-    if image_size != _NATIVE_SIZE:
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+def _decode(
+    path: Path,
+    tree: _Tree,
+    files: Sequence[tuple[str, int]],
+    image_size: int,
+    allocate: Allocate,
+) -> Split:
+    images = allocate((len(files), image_size, image_size, 3), np.uint8)
+    names = [name for name, _ in files]
+    decode_all(names, tree.read, images, source=str(path), native_size=_NATIVE_SIZE)
+    return Split(images, np.array([label for _, label in files], np.int32))
 
 
 def _is_jpeg(name: str) -> bool:

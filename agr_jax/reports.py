@@ -1,0 +1,74 @@
+"""What a run says: its plan, and each epoch as a line for a person and a record for a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from agr_jax import checkpoints, optim
+from agr_jax.config import Config
+from agr_jax.data.feed import Feed
+from agr_jax.metrics import EpochMeter
+from agr_jax.train_step import Trainer, TrainState
+
+
+def plan(
+    config: Config,
+    trainer: Trainer,
+    state: TrainState,
+    total: int,
+    feed: Feed,
+) -> str:
+    """The lines before the first step."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    device = trainer.on.devices.flat[0]
+    gop, interpolation = optim.start_epochs(config.agr)
+    agr = "off"
+    if config.agr.enabled:
+        agr = ", ".join(
+            f"{name} {'never' if start is None else f'from epoch {start}'}"
+            for name, start in (("GOP", gop), (f"{config.agr.interpolation} mix", interpolation))
+        )
+    return (
+        f"{config.name} ({config.profile}): {config.method}, AGR {agr}\n"
+        f"{config.model.name}, {count:,} parameters, on {trainer.on.size} x {device.device_kind}; "
+        f"steps {int(state.step)} to {total}, {trainer.steps_per_epoch} an epoch; "
+        f"{feed.describe()}"
+    )
+
+
+def epoch_record(
+    config: Config, per_epoch: int, epoch: int, meter: EpochMeter, scores: dict[str, float]
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`."""
+    last_step = (epoch + 1) * per_epoch - 1
+    learning_rate = optim.schedule(config.optimizer, config.epochs, per_epoch)(last_step)
+    return {
+        "step": last_step + 1,
+        "epoch": epoch + 1,
+        "learning_rate": float(learning_rate),
+        "seconds": round(meter.seconds, 3),
+        "images_per_second": round(meter.images / meter.seconds, 1),
+        **meter.means(),
+        **scores,
+    }
+
+
+def epoch_line(config: Config, record: dict[str, Any]) -> str:
+    """A record as a line."""
+    parts = [f"epoch {record['epoch']}/{config.epochs}"]
+    shown = {
+        "clean_loss": "clean loss {:.3f}",
+        "adversarial_loss": "adversarial loss {:.3f}",
+        "adversarial_accuracy": "training robust accuracy {:.1%}",
+        "validation_clean_accuracy": "held-out clean {:.1%}",
+        checkpoints.SELECTION_METRIC: "robust {:.1%}",
+        "projected": "projected {:.0%}",
+        "images_per_second": "{:.0f} images/s",
+    }
+    if config.method == "standard":
+        shown["adversarial_loss"] = "loss {:.3f}"
+        shown["adversarial_accuracy"] = "training accuracy {:.1%}"
+    parts += [text.format(record[name]) for name, text in shown.items() if name in record]
+    return ", ".join(parts)
