@@ -282,6 +282,27 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """What `--job=measure` measures on the last checkpoint; see `agr_jax.measure`.
+
+    Attributes:
+        names: of `boundary`, `landscape` and `mechanism`.
+        images: test images of `boundary` (correct ones) and of `landscape`.
+        directions: random directions for each image of `boundary`.
+        most_steps: of 1/255 along a direction.
+        points: of the grid along a direction of the weights, an odd number.
+        batches: training batches of `mechanism`.
+    """
+
+    names: tuple[Literal["boundary", "landscape", "mechanism"], ...] = ("boundary", "landscape")
+    images: PositiveInt = 100
+    directions: PositiveInt = 10
+    most_steps: PositiveInt = 255
+    points: PositiveInt = 21
+    batches: PositiveInt = 200
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     """Arithmetic of the training step; evaluation and AGR's reductions are always float32.
 
@@ -339,6 +360,7 @@ class Config:
     checkpoints: CheckpointConfig
     eval: EvalConfig
     precision: PrecisionConfig
+    measure: MeasureConfig = MeasureConfig()
 
 
 def from_config_dict(values: Mapping[str, Any]) -> Config:

@@ -25,6 +25,7 @@ from agr_jax.config import Config
 from agr_jax.data import Dataset, Split, load_dataset, to_unit_range
 from agr_jax.data.batches import evaluation_batches
 from agr_jax.errors import CheckpointError, ConfigError, OtherEvaluationError
+from agr_jax.image_masks import encode_mask
 from agr_jax.metrics import Progress, write_atomically
 from agr_jax.models import Classifier
 
@@ -131,12 +132,14 @@ def evaluate_run(
     which: Sequence[str] | None = None,
     dataset: Dataset | None = None,
     on: Mesh | None = None,
+    label: str = "",
 ) -> list[dict[str, Any]]:
     """Evaluates checkpoints of a run on the test set, and saves `evaluations/<which>.json`.
 
     With fewer than all test images the file is `<which>-first<n>.json`, so that it never replaces
-    the whole evaluation. What is done is kept batch by batch: the same call continues an evaluation
-    that was killed, and ends with the same result.
+    the whole evaluation; a label comes before that, `<which>-<label>-first<n>.json`. What is done
+    is kept batch by batch: the same call continues an evaluation that was killed, and ends with
+    the same result.
 
     Args:
         folder: the run folder.
@@ -146,6 +149,7 @@ def evaluate_run(
             kept.
         dataset: already loaded, or `None` to load it.
         on: devices, by default all.
+        label: tells evaluations of one checkpoint with other attacks apart.
 
     Returns:
         One record per checkpoint: what the JSON file holds.
@@ -160,7 +164,9 @@ def evaluate_run(
     on = on if on is not None else mesh.data_mesh()
     split = test_split(config, dataset)
     examples = len(split.labels)
-    subset = "" if examples == len(dataset.test.labels) else f"-first{examples}"
+    subset = f"-{label}" if label else ""
+    if examples != len(dataset.test.labels):
+        subset += f"-first{examples}"
     records = []
     for name in which:
         try:
@@ -181,8 +187,7 @@ def evaluate_run(
             "seed": config.seed,
             "threat": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
             "attacks": {},
-            "environment": _environment(on),
-            "config": config_module.to_dict(config),
+            **provenance(config, on),
         }
         # What is done of attacks that are not asked for now stays there.
         unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
@@ -224,7 +229,8 @@ def _evaluate_attack(
         images = np.asarray(to_unit_range(jnp.asarray(split.images)))
         key = jax.random.key(config.seed)
         result = attack.evaluate(classifier, images, split.labels, key, folder=folder, on=on)
-        found = {"correct": int(result.robust.sum()), **result.as_dict()}
+        correct = result.robust
+        found = {"correct": int(correct.sum()), **result.as_dict()}
     else:
         settings = named.describe(attack)
         identity = {
@@ -252,7 +258,8 @@ def _evaluate_attack(
             "accuracy": float(correct.mean()),
             "settings": settings,
         }
-    # Of this start alone: a continued evaluation does not repeat what was done.
+    # Seconds of this start alone: a continued evaluation does not repeat what was done.
+    found["correct_images"] = encode_mask(correct)
     return {**found, "wall_seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -385,6 +392,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
                 for message in found.get("warnings", [])
             ]
     return "\n".join(lines)
+
+
+def provenance(config: Config, on: Mesh) -> dict[str, Any]:
+    """What a record needs to be repeated: versions, commit, devices, and the whole config."""
+    return {"environment": _environment(on), "config": config_module.to_dict(config)}
 
 
 def _environment(on: Mesh) -> dict[str, Any]:

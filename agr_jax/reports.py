@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ def epoch_record(
         "learning_rate": float(learning_rate),
         "seconds": round(meter.seconds, 3),
         "images_per_second": round(meter.images / meter.seconds, 1),
+        "peak_memory_mb": _peak_memory_mb(),
         **meter.means(),
         **scores,
     }
@@ -72,3 +74,12 @@ def epoch_line(config: Config, record: dict[str, Any]) -> str:
         shown["adversarial_accuracy"] = "training accuracy {:.1%}"
     parts += [text.format(record[name]) for name, text in shown.items() if name in record]
     return ", ".join(parts)
+
+
+def _peak_memory_mb() -> float:
+    """Of the first accelerator; on CPU of this process."""
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() or {}
+    if device.platform != "cpu" and "peak_bytes_in_use" in statistics:
+        return round(statistics["peak_bytes_in_use"] / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)

@@ -23,6 +23,7 @@ from agr_jax.metrics import write_atomically
 _MAY_CHANGE = (
     "config.eval.",
     "config.checkpoints.",
+    "config.measure.",
     *(f"config.data.{n}" for n in ("dir", "download", "cache", "device_budget_mb", "picture")),
 )
 
@@ -73,6 +74,11 @@ def diagnostics_path(folder: Path) -> Path:
 def picture_path(folder: Path) -> Path:
     """Where a run keeps the picture of its first batch."""
     return folder / "first_batch.png"
+
+
+def measurements_path(folder: Path) -> Path:
+    """Where a run keeps what was measured on its checkpoint."""
+    return folder / "measurements"
 
 
 def data_path(folder: Path) -> Path:

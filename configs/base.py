@@ -145,6 +145,14 @@ def _paper() -> ConfigDict:
                 "every_epochs": 1,
             },
             "precision": {"train": "float32"},
+            "measure": {
+                "names": ("boundary", "landscape"),
+                "images": 100,
+                "directions": 10,  # 1,000 in all, as in the paper's Figure 4
+                "most_steps": 255,
+                "points": 21,
+                "batches": 200,
+            },
         }
     )
 

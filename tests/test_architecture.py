@@ -29,6 +29,7 @@ ORDER = [
     "data",
     "optim",
     "run_folder",
+    "image_masks",
     "evaluate",
     "interruption",
     "train_step",
@@ -36,6 +37,10 @@ ORDER = [
     "reports",
     "resume",
     "train",
+    "measure",
+    "sweep",
+    "report",
+    "jobs",
 ]
 
 

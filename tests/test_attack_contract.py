@@ -129,6 +129,16 @@ def test_inside_jit_and_twice(name):
     np.testing.assert_array_equal(direct, attack(logits_fn, images, labels, jax.random.key(0)))
 
 
+def test_images_may_be_constants_of_a_traced_program():
+    logits_fn, images, labels = examples(3, (4, 4, 1), 5)
+    attack, key = ATTACKS["pgd"](THREATS["Linf"]), jax.random.key(0)
+    found = jax.jit(lambda key: attack(logits_fn, images, labels, key))(key)
+    np.testing.assert_allclose(found, attack(logits_fn, images, labels, key), atol=1e-6)
+    outside = 2 + images
+    with pytest.raises(ValueError, match="got values from"):
+        jax.jit(lambda key: attack(logits_fn, outside, labels, key))(key)
+
+
 @by_attack
 def test_wrong_inputs_are_named(name):
     logits_fn, images, labels = examples(3, (4, 4, 1), 5)

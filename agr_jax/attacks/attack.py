@@ -127,7 +127,8 @@ def check_inputs(images: jax.Array, labels: jax.Array) -> None:
         )
     if isinstance(images, jax.core.Tracer):
         return
-    low, high = float(images.min()), float(images.max())
+    with jax.ensure_compile_time_eval():  # images may be constants of a program that is traced
+        low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):  # also true of NaN
         raise ValueError(f"images must lie in [0, 1], got values from {low} to {high}")
 

@@ -1,0 +1,229 @@
+"""The paper's figures from runs, drawn with matplotlib in colours that all can tell apart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from agr_jax.report.page import Picture
+from agr_jax.report.run_records import RunRecord, read_diagnostics
+from agr_jax.report.tables import complete
+
+# Okabe and Ito's palette, safe for the colour-blind; line styles differ too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+STYLES = ("-", "--", "-.", ":")
+TITLES = {
+    "figure1": "Figure 1: cosine of clean and adversarial gradient by layer",
+    "figure3": "Figure 3: AWP and AVmixup with AGR",
+    "figure4": "Figure 4: distance to the decision boundary",
+    "figure5": "Figure 5: loss along a random direction of the weights",
+    "figure6": "Figure 6: loss by epoch",
+    "figure7": "Figure 7: fixed share of the adversarial gradient",
+    "figure8": "Figure 8: time and memory",
+}
+
+
+def draw(name: str, runs: Sequence[RunRecord]) -> Picture | None:
+    """One of the paper's figures, or `None` where no run has what it shows.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    caption = _DRAWINGS[name](figure, runs)
+    if caption is None:
+        return None
+    files = []
+    for kind in ("svg", "png"):
+        stream = io.BytesIO()
+        figure.savefig(
+            stream, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {}
+        )
+        files.append(stream.getvalue())
+    return Picture(name, caption, *files)
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": STYLES[index % len(STYLES)],
+    }
+
+
+def _cosines(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    """Kernels of the first and last layer and of those between, smoothed over 1 % of the steps."""
+    found = [(run, d) for run in runs if (d := read_diagnostics(run)) is not None]
+    if not found:
+        return None
+    run, measured = found[0]
+    kernels = [i for i, name in enumerate(measured.names) if name.endswith("kernel")]
+    chosen = [
+        kernels[i] for i in np.unique(np.linspace(0, len(kernels) - 1, 6).round().astype(int))
+    ]
+    axes = figure.add_subplot()
+    window = max(1, len(measured.steps) // 100)
+    for index, leaf in enumerate(chosen):
+        smooth = np.convolve(measured.cosine[:, leaf], np.ones(window) / window, "valid")
+        steps = np.asarray(measured.steps)[window - 1 :]
+        axes.plot(steps, smooth, label=measured.names[leaf], linewidth=1.2, **_look(index))
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    axes.set(xlabel="training step", ylabel="cosine of clean and adversarial gradient")
+    axes.legend(fontsize="small", ncols=2)
+    return f"{run.title}, {run.setting}, run {run.name}; running mean over {window} steps."
+
+
+def _bars(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    wanted = [
+        r for r in complete(runs) if r.method in ("awp", "avmixup") and r.arm in ("off", "agr")
+    ]
+    if not wanted:
+        return None
+    attacks = [a for a in ("clean", "pgd20", "spsa") if any(a in run.attacks for run in wanted)]
+    axes = figure.add_subplot()
+    width = 0.8 / len(wanted)
+    for index, run in enumerate(wanted):
+        heights = [100 * run.attacks[a].accuracy if a in run.attacks else np.nan for a in attacks]
+        places = np.arange(len(attacks)) + (index - (len(wanted) - 1) / 2) * width
+        hatch = "//" if run.arm == "agr" else ""
+        colour = COLOURS[index % len(COLOURS)]
+        bars = axes.bar(
+            places, heights, width, label=run.title, color=colour, hatch=hatch, edgecolor="white"
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize="x-small")
+    titles = {"clean": "clean", "pgd20": "PGD-20", "spsa": "SPSA"}
+    axes.set_xticks(np.arange(len(attacks)), [titles[a] for a in attacks])
+    axes.set(ylabel="accuracy, %")
+    axes.legend(fontsize="small")
+    return f"{wanted[0].setting}; last epoch, one seed."
+
+
+def _boundary(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    found = [run for run in complete(runs) if "boundary" in run.measurements]
+    if not found:
+        return None
+    axes = figure.add_subplot()
+    for index, run in enumerate(found):
+        steps = np.sort(run.measurements["boundary"]["steps"])
+        axes.plot(np.arange(1, len(steps) + 1), steps, label=run.title, **_look(index))
+    measured = found[0].measurements["boundary"]
+    axes.set(
+        xlabel="direction, sorted by distance",
+        ylabel="steps of 1/255 until the prediction changes",
+    )
+    axes.legend()
+    return (
+        f"{measured['images']} correctly classified test images, {measured['directions']} random "
+        f"directions (signs) each, at most {measured['most_steps']} steps; {found[0].setting}."
+    )
+
+
+def _landscape(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    found = [run for run in complete(runs) if "landscape" in run.measurements]
+    if not found:
+        return None
+    panels = (("filter_normalised", "filter-normalised"), ("raw", "raw Gaussian"))
+    for place, (key, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 2, place)
+        for index, run in enumerate(found):
+            curve = run.measurements["landscape"][key]
+            colour = COLOURS[index % len(COLOURS)]
+            for kind, style in (("clean", "--"), ("adversarial", "-")):
+                axes.plot(
+                    curve["alpha"],
+                    curve[f"{kind}_loss"],
+                    style,
+                    color=colour,
+                    label=f"{run.title}, {kind}",
+                )
+        axes.set(xlabel="alpha", ylabel="cross-entropy, nats", title=title)
+        axes.legend(fontsize="x-small")
+    images = found[0].measurements["landscape"]["images"]
+    return f"Mean over the first {images} test images; {found[0].setting}."
+
+
+def _losses(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    found = [run for run in runs if run.method == "at" and run.metrics]
+    found = [run for run in found if run.arm in ("off", "agr")]
+    if not found:
+        return None
+    axes = figure.add_subplot()
+    for index, run in enumerate(found[:6]):
+        colour = COLOURS[index % len(COLOURS)]
+        for kind, style in (("clean", "--"), ("adversarial", "-")):
+            points = [(m["epoch"], m[f"{kind}_loss"]) for m in run.metrics if f"{kind}_loss" in m]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), style, color=colour, label=f"{run.name}, {kind}"
+                )
+    axes.set(xlabel="epoch", ylabel="training loss, nats")
+    axes.legend(fontsize="x-small")
+    return f"Mean over each epoch's batches, augmented, in training mode; {found[0].setting}."
+
+
+def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    found = [r for r in complete(runs) if r.arm.startswith("tau_") and "clean" in r.attacks]
+    if not found:
+        return None
+    found.sort(key=lambda run: run.config.agr.tau)
+    robust = "fast" if all("fast" in run.attacks for run in found) else "pgd20"
+    axes = figure.add_subplot()
+    for index, (attack, marker) in enumerate((("clean", "o"), (robust, "s"))):
+        points = [
+            (run.config.agr.tau, 100 * run.attacks[attack].accuracy)
+            for run in found
+            if attack in run.attacks
+        ]
+        title = {"clean": "clean", "pgd20": "PGD-20", "fast": "APGD-CE + targeted APGD"}[attack]
+        axes.plot(*zip(*points, strict=True), marker=marker, label=title, **_look(index))
+        for run in complete(runs):
+            if run.arm == "agr" and attack in run.attacks and run.method == found[0].method:
+                value = 100 * run.attacks[attack].accuracy
+                axes.axhline(value, linewidth=0.8, alpha=0.6, **_look(index))
+                axes.annotate(f"GICS, {title}", (0.02, value), fontsize="x-small", va="bottom")
+    axes.set(xlabel="tau, share of the adversarial gradient", ylabel="accuracy, %")
+    axes.legend()
+    return f"{found[0].setting}; the lines are AGR's cosine (GICS)."
+
+
+def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    found: dict[str, RunRecord] = {}
+    for run in runs:
+        if run.metrics and run.arm in ("off", "agr") and "diagnosed" not in run.name:
+            found.setdefault(run.title, run)
+    if not found:
+        return None
+    titles = list(found)
+    seconds = [float(np.median([m["seconds"] for m in r.metrics])) for r in found.values()]
+    memory = [max(m.get("peak_memory_mb", np.nan) for m in r.metrics) for r in found.values()]
+    quantities = (("seconds an epoch, median", seconds), ("peak memory, MB", memory))
+    for place, (label, values) in enumerate(quantities, 1):
+        axes = figure.add_subplot(1, 2, place)
+        axes.set(xlabel=label)
+        if not np.isfinite(values).any():
+            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
+            continue
+        bars = axes.barh(titles, values, color=COLOURS[place - 1])
+        axes.bar_label(bars, fmt="%.0f", fontsize="x-small", padding=2)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+    return (
+        "As the runs recorded them, other work on the machine included; on CPU the memory is that "
+        f"of the whole process. {next(iter(found.values())).setting}."
+    )
+
+
+_DRAWINGS: dict[str, Callable[[Any, Sequence[RunRecord]], str | None]] = {
+    "figure1": _cosines,
+    "figure3": _bars,
+    "figure4": _boundary,
+    "figure5": _landscape,
+    "figure6": _losses,
+    "figure7": _taus,
+    "figure8": _costs,
+}

@@ -1,0 +1,248 @@
+"""What a report knows of runs: read from their folders, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agr_jax import diagnostics, run_folder
+from agr_jax.config import Config
+from agr_jax.errors import UserError
+from agr_jax.image_masks import decode_mask
+from agr_jax.metrics import read_json_lines
+
+DATA_TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "tiny_imagenet": "Tiny ImageNet",
+    "digits": "digits",
+    "image_folder": "image folder",
+}
+METHOD_TITLES = {
+    "standard": "standard",
+    "at": "AT",
+    "trades": "TRADES",
+    "mart": "MART",
+    "awp": "AWP",
+    "avmixup": "AVmixup",
+}
+ARM_TITLES = {
+    "off": "",
+    "agr": "+ AGR",
+    "clip": "+ clip",
+    "agr_no_gop": "+ AGR without GOP",
+    "agr_no_clip": "+ AGR without clip",
+    "mean": "+ mean of both",
+    "best": "best recipe",
+    "other": "+ other",
+}
+
+
+# (interpolation, GOP, clipped or not) -> arm.
+_ARMS = {
+    ("cosine", True, "clip"): "agr",
+    ("cosine", True, "none"): "agr_no_clip",
+    ("cosine", False, "clip"): "agr_no_gop",
+    ("mean", True, "clip"): "mean",
+    ("none", False, "clip"): "clip",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Accuracy under one attack.
+
+    Attributes:
+        accuracy: in [0, 1].
+        examples: number of test images.
+        correct: booleans `[examples]`, or `None` where a record does not hold them.
+        source: file that it comes from.
+    """
+
+    accuracy: float
+    examples: int
+    correct: np.ndarray | None
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: of its folder, relative to the folder of all runs.
+        folder: its folder.
+        config: its settings.
+        metrics: one record an epoch.
+        attacks: what its last epoch's evaluations found, by the attack's name.
+        measurements: contents of `measurements/*.json`, by name.
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    attacks: Mapping[str, Found]
+    measurements: Mapping[str, dict[str, Any]]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were trained."""
+        return max((record.get("epoch", 0) for record in self.metrics), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs were trained."""
+        return self.epochs >= self.config.epochs
+
+    @property
+    def method(self) -> str:
+        """The training method; AWP is one."""
+        return "awp" if self.config.awp.enabled else self.config.method
+
+    @property
+    def arm(self) -> str:
+        """How the gradients are combined, as `configs/paper/plans.py` names it."""
+        agr = self.config.agr
+        if self.config.averaging.decay:
+            return "best"
+        if not agr.enabled:
+            return "off"
+        if agr.interpolation == "fixed":
+            return f"tau_{agr.tau:g}"
+        parts = agr.interpolation, agr.gop, "none" if agr.clip == "none" else "clip"
+        if parts == ("none", False, "clip") and agr.clip != "all":
+            return "other"
+        return _ARMS.get(parts, "other")
+
+    @property
+    def title(self) -> str:
+        """Of its row in a table."""
+        method = METHOD_TITLES.get(self.method, self.method)
+        return f"{method} {arm_title(self.arm)}".strip()
+
+    @property
+    def setting(self) -> str:
+        """What must be the same for two runs to stand in one table."""
+        config = self.config
+        width = f" of width {config.model.width}" if config.model.width else ""
+        images = config.data.train_examples
+        drawn = f", {images:,} training images" if images else ""
+        return (
+            f"{DATA_TITLES.get(config.data.name, config.data.name)}, {config.model.name}{width}"
+            f"{drawn}, {config.epochs} epochs"
+        )
+
+
+def arm_title(arm: str) -> str:
+    """How a table names an arm."""
+    if arm.startswith("tau_"):
+        return f"+ fixed tau {arm.removeprefix('tau_')}"
+    return ARM_TITLES[arm]
+
+
+def read_runs(root: Path) -> tuple[list[RunRecord], dict[str, str]]:
+    """All runs below a folder, and what is wrong with those that cannot be used.
+
+    Returns:
+        The runs, by name; and for a damaged or foreign folder its name and the reason.
+
+    Raises:
+        RunFolderError: if there is no such folder.
+    """
+    if not root.is_dir():
+        raise run_folder.RunFolderError(f"{root}: expected a folder of runs, found none")
+    runs: list[RunRecord] = []
+    problems: dict[str, str] = {}
+    for path in sorted(p for p in root.iterdir() if p.is_dir() and p.name != "report"):
+        if path.name.startswith("."):
+            continue
+        try:
+            runs.append(read_run(path))
+        except (UserError, OSError) as error:
+            problems[path.name] = str(error)
+    for record in runs:
+        for name, reason in _problems_within(record).items():
+            problems[f"{record.name}/{name}"] = reason
+    return runs, problems
+
+
+def read_run(folder: Path) -> RunRecord:
+    """One run.
+
+    Raises:
+        RunFolderError: if it is no run folder, or its config cannot be read.
+    """
+    config = run_folder.read_config(folder)
+    path = run_folder.metrics_path(folder)
+    metrics = read_json_lines(path) if path.is_file() else []
+    last = max((record.get("epoch", 0) for record in metrics), default=0)
+    attacks: dict[str, Found] = {}
+    which = "average" if config.averaging.decay else "last"
+    for path in sorted(run_folder.evaluations_path(folder).glob(f"{which}*.json")):
+        record = _read_json(path)
+        if record is None or record.get("epoch") != last:
+            continue
+        for name, found in record.get("attacks", {}).items():
+            new = _found(record, found, path)
+            # More images are better than fewer.
+            if new is not None and new.examples >= getattr(attacks.get(name), "examples", 0):
+                attacks[name] = new
+    measurements = {}
+    for path in sorted(run_folder.measurements_path(folder).glob("*.json")):
+        measured = _read_json(path)
+        if measured is not None:
+            measurements[path.stem] = measured
+    return RunRecord(folder.name, folder, config, metrics, attacks, measurements)
+
+
+def read_diagnostics(record: RunRecord) -> diagnostics.LeafDiagnostics | None:
+    """What AGR saw in each step, where the run has kept it."""
+    if not run_folder.diagnostics_path(record.folder).is_dir():
+        return None
+    try:
+        return diagnostics.read(record.folder)
+    except (UserError, OSError, ValueError):
+        return None
+
+
+def _found(record: dict[str, Any], found: Any, path: Path) -> Found | None:
+    try:
+        examples = int(record["examples"])
+        correct = None
+        if "correct_images" in found:
+            correct = decode_mask(found["correct_images"], examples)
+        return Found(float(found["accuracy"]), examples, correct, path.name)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _problems_within(record: RunRecord) -> dict[str, str]:
+    """Files of a run that cannot be read, and evaluations of another epoch."""
+    found = {}
+    for folder in (
+        run_folder.evaluations_path(record.folder),
+        run_folder.measurements_path(record.folder),
+    ):
+        for path in sorted(folder.glob("*.json")):
+            values = _read_json(path)
+            if values is None:
+                found[f"{folder.name}/{path.name}"] = "damaged: not JSON"
+            elif path.stem.startswith("last") and values.get("epoch") != record.epochs:
+                found[f"{folder.name}/{path.name}"] = (
+                    f"of epoch {values.get('epoch')}, while the run has {record.epochs}: not used"
+                )
+    return found

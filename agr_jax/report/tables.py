@@ -1,0 +1,323 @@
+"""The paper's tables from runs, each beside the paper's own numbers, and AGR-small's comparison."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from agr_jax.attacks import named
+from agr_jax.config import differences, to_dict
+from agr_jax.report import paper_numbers
+from agr_jax.report.page import Table
+from agr_jax.report.paired import mcnemar, mean_and_deviation, percent
+from agr_jax.report.run_records import (
+    DATA_TITLES,
+    METHOD_TITLES,
+    Found,
+    RunRecord,
+    arm_title,
+    read_diagnostics,
+)
+
+TITLES = {
+    "table1": "Table 1: accuracy without and with AGR",
+    "table2": "Table 2: L2 and L1 attacks",
+    "table3": "Table 3: AGR without and with GOP",
+    "table4": "Table 4: how the gradients are mixed",
+}
+_Key = tuple[str, str, str, str]  # setting, data set, method, arm
+
+
+def complete(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Finished runs that are no base of others."""
+    bases = {str(run.config.init_from).rstrip("/").rpartition("/")[2] for run in runs}
+    return [run for run in runs if run.finished and run.name not in bases]
+
+
+def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
+    """One of the paper's tables: ours, mean and deviation over seeds, and the paper's.
+
+    Rows of which there is no run say so, and what the paper's scale would cost.
+    """
+    columns = paper_numbers.COLUMNS[name]
+    wanted = [r for r in complete(runs) if r.arm in paper_numbers.ROWS[name]]
+    groups: dict[_Key, list[RunRecord]] = collections.defaultdict(list)
+    for run in wanted:
+        groups[run.setting, run.config.data.name, run.method, run.arm].append(run)
+    blocks: list[str | Table] = []
+    present = {
+        (key[1], _model_of(group), *key[2:])
+        for key, group in groups.items()
+        if _at_the_papers_scale(group[0])
+    }
+    settings = sorted({key[0] for key in groups})
+    for setting in settings:
+        rows = []
+        for (of, data, method, arm), group in sorted(groups.items(), key=_by_method_and_arm):
+            if of == setting and any(c in run.attacks for c in _measured(columns) for run in group):
+                rows.append(_row(name, data, method, arm, group))
+        if rows:
+            head = ("", *(_title(c) for c in columns), *_extra_titles(name), "runs")
+            blocks += [f"**{setting}**", Table(head, tuple(rows))]
+    missing = _missing(name, present)
+    if missing:
+        blocks.append(
+            Table(
+                (
+                    "not run at the paper's scale",
+                    *(_title(c) for c in columns),
+                    "3 seeds need about",
+                ),
+                missing,
+            )
+        )
+    if not settings:
+        blocks.insert(0, "No run in this folder belongs to this table.")
+    note = (
+        "Accuracy in percent, last epoch; ± is the standard deviation over runs (seeds). "
+        "The paper's number stands in brackets where it is known here. Device-hours: operations at "
+        f"{paper_numbers.ASSUMED_TFLOPS:.0f} TFLOP/s, which is an assumption."
+    )
+    blocks.append(note)
+    return blocks
+
+
+def _measured(columns: Sequence[str]) -> tuple[str, ...]:
+    return (*columns, "fast") if "autoattack" in columns else tuple(columns)
+
+
+def _row(
+    name: str, data: str, method: str, arm: str, group: Sequence[RunRecord]
+) -> tuple[str, ...]:
+    columns = paper_numbers.COLUMNS[name]
+    paper = paper_numbers.reported(name, data, _model_of(group), method, arm)
+    cells = []
+    for column in columns:
+        found = [run.attacks[column] for run in group if column in run.attacks]
+        mark = ""
+        if not found and column == "autoattack":
+            found = [run.attacks["fast"] for run in group if "fast" in run.attacks]
+            mark = " (fast)"
+        cells.append(_cell(found, mark, paper.get(column)))
+    extra = [_gop_frequency(group)] if name == "table3" else []
+    title = f"{METHOD_TITLES.get(method, method)} {arm_title(arm)}".strip()
+    return (title, *cells, *extra, str(len(group)))
+
+
+def _cell(found: Sequence[Found], mark: str, paper: float | None) -> str:
+    text = "not run"
+    if found:
+        text = percent([one.accuracy for one in found]) + mark
+        examples = {one.examples for one in found}
+        if examples != {10_000}:
+            text += f" of {min(examples):,}"
+    return text if paper is None else f"{text} [{paper:.2f}]"
+
+
+def _title(column: str) -> str:
+    return named.title(column)
+
+
+def _extra_titles(name: str) -> tuple[str, ...]:
+    return ("leaves projected",) if name == "table3" else ()
+
+
+def _gop_frequency(group: Sequence[RunRecord]) -> str:
+    """Share of leaves that GOP projected, or would have, over the branch's steps."""
+    values = []
+    for run in group:
+        measured = read_diagnostics(run)
+        if measured is not None:
+            values.append(float((measured.cosine < 0).mean()))
+        elif run.metrics and "conflicting" in run.metrics[-1]:
+            epochs = [m["conflicting"] for m in run.metrics if "conflicting" in m]
+            values.append(float(np.mean(epochs)))
+    return percent(values) + " %" if values else "not measured"
+
+
+def _model_of(group: Sequence[RunRecord]) -> str:
+    return group[0].config.model.name
+
+
+def _by_method_and_arm(item: tuple[_Key, list[RunRecord]]) -> tuple[str, int, str]:
+    (_, data, method, arm), _ = item
+    order = list(METHOD_TITLES)
+    return data, order.index(method) if method in order else len(order), _arm_order(arm)
+
+
+def _arm_order(arm: str) -> str:
+    first = ("off", "clip", "agr_no_gop", "agr_no_clip", "mean")
+    return f"{first.index(arm)}" if arm in first else f"8{arm}" if arm != "agr" else "9"
+
+
+def _missing(name: str, present: set[tuple[str, str, str, str]]) -> tuple[tuple[str, ...], ...]:
+    """The paper's rows of which there is no run at its own scale."""
+    columns = paper_numbers.COLUMNS[name]
+    everywhere = name in ("table1", "table2")
+    rows = []
+    for data in paper_numbers.DATA_SETS if everywhere else ("cifar10",):
+        for model in paper_numbers.MODELS if everywhere else ("preactresnet18",):
+            for method in paper_numbers.METHODS:
+                for arm in paper_numbers.ROWS[name]:
+                    if (data, model, method, arm) in present:
+                        continue
+                    paper = paper_numbers.reported(name, data, model, method, arm)
+                    hours = paper_numbers.device_hours(data, model, arm)
+                    title = f"{METHOD_TITLES[method]} {arm_title(arm)}".strip()
+                    rows.append(
+                        (
+                            f"{DATA_TITLES[data]}, {model}: {title}",
+                            *(f"[{paper[c]:.2f}]" if c in paper else "not run" for c in columns),
+                            f"{hours:.0f} device-hours",
+                        )
+                    )
+    return tuple(rows)
+
+
+def _at_the_papers_scale(run: RunRecord) -> bool:
+    config = run.config
+    whole = not config.data.train_examples and not config.model.width
+    return whole and config.epochs == paper_numbers.EPOCHS
+
+
+def agr_small(runs: Sequence[RunRecord]) -> list[str | Table]:
+    """AT, its controls and AGR from the same bases: accuracies and paired differences.
+
+    Runs belong together if they branch from the same base.
+    """
+    families: dict[str, dict[str, RunRecord]] = collections.defaultdict(dict)
+    for run in complete(runs):
+        base = run.config.init_from.rstrip("/").rpartition("/")[2]
+        if base and run.method == "at":
+            families[base][run.arm] = run
+    families = {base: arms for base, arms in families.items() if "clip" in arms}
+    if not families:
+        return ["No base in this folder has a branch AT + clip, the control."]
+    arms = sorted({arm for family in families.values() for arm in family}, key=_arm_order)
+    attacks = ("clean", "pgd20", "fast")
+    rows = []
+    for base, family in sorted(families.items()):
+        for arm in arms:
+            if arm in family:
+                cells = (_found_cell(family[arm], attack) for attack in attacks)
+                rows.append((f"{base}: AT {arm_title(arm)}".strip(), *cells))
+    alone = [r for r in complete(runs) if r.arm == "best" and not r.config.init_from]
+    rows += [(r.name, *(_found_cell(r, attack) for attack in attacks)) for r in alone]
+    blocks: list[str | Table] = [Table(("run", *map(_title, attacks)), tuple(rows))]
+    for control in ("off", "clip"):
+        differences_of = _differences(families, arms, control, attacks)
+        if differences_of:
+            title = f"AT {arm_title(control)}".strip()
+            blocks += [
+                f"**Differences to {title} of the same base**, points; in brackets images that "
+                "only this run, and only the control, classifies correctly, and McNemar's p.",
+                Table(("run", *map(_title, attacks)), differences_of),
+            ]
+    return blocks
+
+
+def _found_cell(run: RunRecord, attack: str) -> str:
+    if attack not in run.attacks:
+        return "not run"
+    found = run.attacks[attack]
+    return f"{100 * found.accuracy:.2f} of {found.examples:,}"
+
+
+def _differences(
+    families: Mapping[str, Mapping[str, RunRecord]],
+    arms: Sequence[str],
+    control: str,
+    attacks: Sequence[str],
+) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for arm in arms:
+        if arm == control:
+            continue
+        means: dict[str, list[float]] = collections.defaultdict(list)
+        for base, family in sorted(families.items()):
+            if arm not in family or control not in family:
+                continue
+            cells = []
+            for attack in attacks:
+                ours, theirs = (family[a].attacks.get(attack) for a in (arm, control))
+                if ours is None or theirs is None or ours.examples != theirs.examples:
+                    cells.append("not run")
+                    continue
+                change = 100 * (ours.accuracy - theirs.accuracy)
+                means[attack].append(change)
+                cells.append(f"{change:+.2f}{_counts(ours, theirs)}")
+            rows.append((f"{base}: AT {arm_title(arm)}".strip(), *cells))
+        if any(len(values) > 1 for values in means.values()):
+            summary = []
+            for attack in attacks:
+                values = means.get(attack, [])
+                mean, deviation = mean_and_deviation(values) if values else (0.0, None)
+                shown = "" if deviation is None else f" ± {deviation:.2f}"
+                summary.append(f"{mean:+.2f}{shown}" if values else "not run")
+            count = max(len(values) for values in means.values())
+            rows.append((f"mean of {count} bases: AT {arm_title(arm)}".strip(), *summary))
+    return tuple(rows)
+
+
+def _counts(ours: Found, theirs: Found) -> str:
+    if ours.correct is None or theirs.correct is None:
+        return ""
+    found = mcnemar(ours.correct, theirs.correct)
+    return f" ({found.gained}/{found.lost}, p {found.p_value:.2g})"
+
+
+def mechanism(runs: Sequence[RunRecord]) -> list[str | Table]:
+    """First-order changes of both losses, as `measure.mechanism` found them."""
+    measured = [run for run in runs if "mechanism" in run.measurements]
+    if not measured:
+        return ["Not measured: `--job=measure --config.measure.names=\"('mechanism',)\"`."]
+    rows = []
+    for run in measured:
+        record = run.measurements["mechanism"]
+        for way, change in record["change"].items():
+            cells = [
+                f"{change[q]['mean']:+.4f} ± {change[q]['std']:.4f}"
+                for q in ("clean", "adversarial")
+            ]
+            rows.append((f"{run.name}: {way}", *cells, f"{change['norm']['mean']:.3f}"))
+    head = ("base and gradient", "clean loss", "adversarial loss", "norm of the gradient")
+    batches = measured[0].measurements["mechanism"]["batches"]
+    note = (
+        "Change of each loss, to first order, by an update of norm 1 against the gradient; mean "
+        f"and standard deviation over {batches} batches, whose own gradients they are."
+    )
+    return [Table(head, tuple(rows)), note]
+
+
+def overview(runs: Sequence[RunRecord], problems: Mapping[str, str]) -> list[str | Table]:
+    """All runs with their state, and what could not be used."""
+    rows = tuple(
+        (
+            run.name,
+            run.title,
+            f"{run.epochs} of {run.config.epochs}",
+            str(run.config.seed),
+            ", ".join(run.attacks) or "none",
+            ", ".join(run.measurements) or "none",
+        )
+        for run in runs
+    )
+    head = ("run", "method", "epochs", "seed", "evaluated", "measured")
+    blocks: list[str | Table] = [Table(head, rows)] if rows else ["There are no runs here."]
+    if problems:
+        blocks += [
+            "**Not used:**",
+            Table(("folder or file", "reason"), tuple(sorted(problems.items()))),
+        ]
+    return blocks
+
+
+def settings_that_differ(runs: Sequence[RunRecord]) -> list[str]:
+    """The config fields in which runs of a folder differ."""
+    if not runs:
+        return []
+    first = to_dict(runs[0].config)
+    names = {name for run in runs[1:] for name in differences(first, to_dict(run.config))}
+    return sorted(names)

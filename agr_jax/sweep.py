@@ -1,0 +1,249 @@
+"""Many runs in their order: trained, evaluated and measured where something is missing.
+
+A sweep is stopped and continued like a run: what is done is seen in the run folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from agr_jax import evaluate, measure, mesh, run_folder, train
+from agr_jax.attacks import named
+from agr_jax.config import Config, from_config_dict
+from agr_jax.errors import ConfigError, UserError
+from agr_jax.metrics import read_json_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run beside its own.
+
+    Attributes:
+        label: part of its file's name.
+        attacks: as `config.eval.attacks`.
+        examples: the first n test images; 0 for all.
+    """
+
+    label: str
+    attacks: tuple[str, ...]
+    examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder.
+        config: its settings; `init_from` is set by `base`.
+        base: name of the run to branch from, or empty.
+        evaluations: beside that of `config.eval`.
+        measurements: see `agr_jax.measure`.
+    """
+
+    name: str
+    config: Config
+    base: str = ""
+    evaluations: tuple[Evaluation, ...] = ()
+    measurements: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a file of `configs/paper` lists.
+
+    Attributes:
+        name: of the sweep.
+        scale: `full`, `small` or `digits`.
+        folder: that holds the run folders.
+        runs: in their order; a base comes before its branches.
+    """
+
+    name: str
+    scale: str
+    folder: Path
+    runs: tuple[PlannedRun, ...]
+
+
+def from_plan(values: Mapping[str, Any], folder: Path | None = None) -> Sweep:
+    """A sweep from the `ConfigDict` of a file of `configs/paper`.
+
+    Args:
+        values: of the file.
+        folder: for the run folders, instead of the file's.
+
+    Raises:
+        ConfigError: if it is no sweep, a run's config is wrong, or a base is not listed before.
+    """
+    if "runs" not in values or "sweep" not in values:
+        raise ConfigError(
+            "--config: a sweep needs a file of configs/paper, such as configs/paper/table1.py:small"
+        )
+    folder = Path(values["folder"]) if folder is None else folder
+    runs: dict[str, PlannedRun] = {}
+    for each in values["runs"]:
+        config = from_config_dict(each["config"])
+        if each["base"]:
+            if each["base"] not in runs:
+                raise ConfigError(f"run {each['name']}: its base {each['base']} must come before")
+            config = dataclasses.replace(config, init_from=str(folder / each["base"]))
+        runs[each["name"]] = PlannedRun(
+            name=each["name"],
+            config=config,
+            base=each["base"],
+            evaluations=tuple(
+                Evaluation(e["label"], tuple(e["attacks"]), e["examples"])
+                for e in each["evaluations"]
+            ),
+            measurements=tuple(each["measurements"]),
+        )
+    return Sweep(values["sweep"], values["scale"], folder, tuple(runs.values()))
+
+
+def run(sweep: Sweep) -> int:
+    """Does what is missing, one run after the other.
+
+    A run that fails is named, and so are its branches, which cannot begin; the others go on.
+
+    Returns:
+        0; 1 if a run failed; 128 plus the signal's number if it was interrupted: the same call
+        continues.
+    """
+    for number, planned in enumerate(sweep.runs, 1):
+        if missing := what_is_missing(sweep, planned):
+            print(f"  {number}/{len(sweep.runs)} {planned.name}: {', '.join(missing)}")
+    failed: dict[str, str] = {}
+    for number, planned in enumerate(sweep.runs, 1):
+        missing = what_is_missing(sweep, planned)
+        if not missing:
+            continue
+        if planned.base in failed:
+            failed[planned.name] = f"its base {planned.base} failed"
+            continue
+        left = [p for p in sweep.runs[number - 1 :] if p.name not in failed]
+        print(
+            f"\n[{number}/{len(sweep.runs)}] {planned.name}: {time_left(sweep, left)}", flush=True
+        )
+        try:
+            code = _complete(sweep, planned, missing)
+        except UserError as error:
+            failed[planned.name] = str(error)
+            print(f"failed: {planned.name}: {error}", flush=True)
+            continue
+        if code:
+            return code
+        jax.clear_caches()  # the next run compiles programs of its own
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}")
+    done = len(sweep.runs) - len(failed)
+    print(f"\n{sweep.name} ({sweep.scale}): {done} of {len(sweep.runs)} runs are complete")
+    print(f"python launch.py --job=report --workdir={sweep.folder}")
+    return 1 if failed else 0
+
+
+def what_is_missing(sweep: Sweep, planned: PlannedRun) -> list[str]:
+    """`training`, `evaluation [label]`, `measurement`: what a run still needs."""
+    folder = sweep.folder / planned.name
+    if trained_epochs(folder) < planned.config.epochs:
+        evaluations = [_shown(e) for e in planned.evaluations]
+        return ["training", "evaluation", *evaluations, *planned.measurements]
+    own = Evaluation("", planned.config.eval.attacks, planned.config.eval.examples)
+    missing = [_shown(e) for e in (own, *planned.evaluations) if not _is_done(folder, planned, e)]
+    measured = (run_folder.measurements_path(folder) / f"{m}.json" for m in planned.measurements)
+    return missing + [path.stem for path in measured if not path.is_file()]
+
+
+def trained_epochs(folder: Path) -> int:
+    """Number of epochs that a run's metrics report."""
+    path = run_folder.metrics_path(folder)
+    records = read_json_lines(path) if path.is_file() else []
+    return max((record.get("epoch", 0) for record in records), default=0)
+
+
+def time_left(sweep: Sweep, left: Iterable[PlannedRun]) -> str:
+    """An estimate for training, from the seconds that this folder's runs took so far."""
+    seconds = work = 0.0
+    for planned in sweep.runs:
+        path = run_folder.metrics_path(sweep.folder / planned.name)
+        if path.is_file():
+            records = read_json_lines(path)
+            seconds += sum(record.get("seconds", 0) for record in records)
+            work += len(records) * passes_per_image(planned.config)
+    to_do = 0.0
+    for planned in left:
+        done = trained_epochs(sweep.folder / planned.name)
+        if done == 0 and planned.base:
+            base = next(p for p in sweep.runs if p.name == planned.base)
+            done = base.config.epochs
+        to_do += max(planned.config.epochs - done, 0) * passes_per_image(planned.config)
+    if not work:
+        return "time left not known yet"
+    hours = seconds / work * to_do / 3600
+    return f"about {hours:.1f} h of training left" if hours >= 0.1 else "minutes of training left"
+
+
+def passes_per_image(config: Config) -> float:
+    """Forward passes of one training image in one epoch, a backward pass counted as one or two."""
+    attack = 0 if config.method == "standard" else 2 * config.attack.steps
+    return attack + 3 + (3 if config.agr.enabled or config.diagnostics else 1)
+
+
+def _complete(sweep: Sweep, planned: PlannedRun, missing: Sequence[str]) -> int:
+    folder, config = sweep.folder / planned.name, planned.config
+    if "training" in missing or "evaluation" in missing:
+        code = train.run(config, folder)
+        if code:
+            return code
+    dataset = evaluate.dataset_from_config(config)
+    on = mesh.data_mesh()
+    for each in planned.evaluations:
+        if _is_done(folder, planned, each):
+            continue
+        settings = dataclasses.replace(config.eval, attacks=each.attacks, examples=each.examples)
+        with run_folder.locked(folder):
+            records = evaluate.evaluate_run(
+                folder,
+                dataclasses.replace(config, eval=settings),
+                dataset=dataset,
+                on=on,
+                label=each.label,
+            )
+        print(f"\n{planned.name}\n\n{evaluate.table(records)}", flush=True)
+    for name in planned.measurements:
+        if not (run_folder.measurements_path(folder) / f"{name}.json").is_file():
+            with run_folder.locked(folder):
+                measure.measure_run(folder, config, name, dataset=dataset, on=on)
+    return 0
+
+
+def _is_done(folder: Path, planned: PlannedRun, wanted: Evaluation) -> bool:
+    """Whether the last checkpoint has this evaluation, of the run's last epoch."""
+    label = f"-{wanted.label}" if wanted.label else ""
+    for path in run_folder.evaluations_path(folder).glob(f"last{label}*.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            subset = f"-first{record['examples']}"
+            named_so = path.stem.removesuffix(subset) == f"last{label}"
+            fits = record["epoch"] == planned.config.epochs and named_so
+            asked = wanted.examples in (0, record["examples"])
+            whole = bool(wanted.examples) or not path.stem.endswith(subset)
+            if (
+                fits
+                and asked
+                and whole
+                and set(named.names(wanted.attacks)) <= set(record["attacks"])
+            ):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
+
+
+def _shown(evaluation: Evaluation) -> str:
+    return f"evaluation {evaluation.label}".strip()

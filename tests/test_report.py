@@ -1,0 +1,483 @@
+"""Reports: tables and figures from made run folders, and from one real sweep on digits."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agr_jax import config as config_module
+from agr_jax import measure, run_folder, sweep, train
+from agr_jax.config import from_config_dict
+from agr_jax.errors import ConfigError, RunFolderError
+from agr_jax.image_masks import decode_mask, encode_mask
+from agr_jax.report import figures, paper_numbers, write_report
+from agr_jax.report.paired import Discordant, mcnemar, mean_and_deviation, percent
+from agr_jax.report.run_records import read_run, read_runs
+from configs.paper import agr_small, plans, table1
+
+# ---- paired comparisons
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "expected"),
+    # By hand: 2 * sum of binomial coefficients / 2^n.
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (8, 2, 2 * (1 + 10 + 45) / 1024), (3, 3, 1.0)],
+)
+def test_mcnemars_exact_test(gained, lost, expected):
+    first = np.array([1] * gained + [0] * lost + [1, 0, 1], bool)
+    second = np.array([0] * gained + [1] * lost + [1, 0, 1], bool)
+    assert mcnemar(first, second) == Discordant(gained, lost, pytest.approx(expected))
+    assert mcnemar(second, first).p_value == pytest.approx(expected)
+
+
+def test_mcnemar_agrees_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = generator.random((2, 300)) < 0.6
+        found = mcnemar(first, second)
+        test = stats.binomtest(found.gained, found.gained + found.lost)
+        assert found.p_value == pytest.approx(test.pvalue)
+    with pytest.raises(ValueError, match="the same images"):
+        mcnemar(first, second[:-1])
+
+
+def test_mean_and_deviation_over_runs():
+    assert mean_and_deviation([3.0]) == (3.0, None)
+    assert mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)))
+    assert percent([0.5]) == "50.00"
+    assert percent([0.1, 0.3]) == "20.00 ± 14.14"
+
+
+@pytest.mark.parametrize("examples", [1, 7, 8, 9, 1000])
+def test_masks_come_back(examples):
+    mask = np.random.default_rng(0).random(examples) < 0.5
+    np.testing.assert_array_equal(decode_mask(encode_mask(mask), examples), mask)
+    with pytest.raises(ValueError, match="expected the bits of"):
+        decode_mask(encode_mask(mask), examples + 8)
+    with pytest.raises(ValueError, match="not the bits of a mask"):
+        decode_mask("%%%", examples)
+
+
+# ---- measurements
+
+
+def test_steps_to_the_boundary_of_a_linear_network():
+    """A pixel each: the label changes where the pixel crosses 1/2."""
+    images = jnp.array([0.5 + 3.5 / 255, 0.5 - 10.5 / 255, 0.9]).reshape(3, 1, 1, 1)
+    logits_fn = jax.tree_util.Partial(
+        lambda x: jnp.stack([x.reshape(len(x)), 1 - x.reshape(len(x))], 1)
+    )
+    found = set()
+    for seed in range(8):
+        steps = measure.steps_to_boundary(logits_fn, images, jax.random.key(seed), most=50)
+        found.add(tuple(steps.tolist()))
+    # Towards the boundary 4, 11, or more than 50 steps; away from it none changes it.
+    assert {s[0] for s in found} == {4, 50}
+    assert {s[1] for s in found} == {11, 50}
+    assert {s[2] for s in found} == {50}
+
+
+def test_filter_normalisation():
+    scale = jnp.arange(1, 6.0)[None, None, None]
+    params = {
+        "conv": {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 5)) * scale},
+        "dense": {"kernel": jax.random.normal(jax.random.key(1), (7, 2)), "bias": jnp.ones(2)},
+    }
+    drawn = measure.gaussian_like(jax.random.key(2), params)
+    found = measure.filter_normalised(drawn, params)
+    for layer, axes in (("conv", (0, 1, 2)), ("dense", (0,))):
+        ours, theirs, raw = (np.asarray(t[layer]["kernel"]) for t in (found, params, drawn))
+        np.testing.assert_allclose(
+            np.sqrt((ours**2).sum(axes)), np.sqrt((theirs**2).sum(axes)), rtol=1e-5
+        )
+        cosine = (ours * raw).sum(axes) / np.sqrt((ours**2).sum(axes) * (raw**2).sum(axes))
+        np.testing.assert_allclose(cosine, 1, rtol=1e-5)
+    assert not found["dense"]["bias"].any()
+
+
+# ---- made run folders
+
+
+def made_run(
+    root, name, arm, *, seed=0, method="at", accuracy=0.5, scale="small", base="", mask=None
+):
+    """A finished run folder without checkpoints: what a report reads."""
+    values = plans.arm(plans.recipe(scale, "cifar10", "preactresnet18", method, seed), arm)
+    values.name = name
+    values.init_from = base
+    config = from_config_dict(values)
+    folder = root / name
+    (folder / "evaluations").mkdir(parents=True)
+    run_folder.write_config(folder, config)
+    lines = [
+        json.dumps(
+            {
+                "epoch": epoch,
+                "step": 78 * epoch,
+                "seconds": 60.0,
+                "clean_loss": 2 / epoch,
+                "adversarial_loss": 3 / epoch,
+                "conflicting": 0.1,
+                "peak_memory_mb": 500.0,
+            }
+        )
+        for epoch in range(1, config.epochs + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    examples = 1000
+    mask = np.arange(examples) < accuracy * examples if mask is None else mask
+    attacks = {
+        attack: {
+            "correct": int(mask.sum()),
+            "accuracy": float(mask.mean()),
+            "correct_images": encode_mask(mask),
+        }
+        for attack in ("clean", "fgsm", "pgd20", "fast", "pgd20@l2")
+    }
+    record = {
+        "checkpoint": "last",
+        "epoch": config.epochs,
+        "examples": examples,
+        "attacks": attacks,
+        "config": config_module.to_dict(config),
+    }
+    (folder / "evaluations/last-first1000.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Two seeds of AT without and with AGR, and what the figures show."""
+    for seed, accuracy in ((0, 0.50), (1, 0.52)):
+        made_run(tmp_path, f"at-{seed}", "off", seed=seed, accuracy=accuracy)
+        made_run(tmp_path, f"agr-{seed}", "agr", seed=seed, accuracy=accuracy + 0.02)
+    folder = made_run(tmp_path, "tau-0.5", "tau_0.5", accuracy=0.4)
+    made_run(tmp_path, "tau-0.9", "tau_0.9", accuracy=0.45)
+    made_run(tmp_path, "no-gop", "agr_no_gop", accuracy=0.47)
+    made_run(tmp_path, "awp", "off", method="awp", accuracy=0.44)
+    (folder / "measurements").mkdir()
+    curve = {"alpha": [-1, 0, 1], "clean_loss": [2, 1, 2], "adversarial_loss": [3, 2, 3]}
+    measured = {
+        "boundary": {"steps": [3, 1, 2], "images": 3, "directions": 1, "most_steps": 9},
+        "landscape": {"images": 3, "filter_normalised": curve, "raw": curve},
+    }
+    for name, values in measured.items():
+        (folder / f"measurements/{name}.json").write_text(json.dumps({**values, "epoch": 60}))
+    return tmp_path
+
+
+def rendered(root):
+    written = write_report(root, root / "report")
+    return (root / "report/report.md").read_text(), written
+
+
+def section(text, title):
+    return re.split(r"^## ", text, flags=re.MULTILINE)[
+        [p.split("\n")[0] for p in re.split(r"^## ", text, flags=re.MULTILINE)].index(title)
+    ]
+
+
+def test_tables_show_mean_and_deviation_over_seeds(made):
+    text, _ = rendered(made)
+    found = section(text, "Table 1: accuracy without and with AGR")
+    deviation = np.std([50, 52], ddof=1)
+    assert f"| AT | 51.00 ± {deviation:.2f} of 1,000 |" in found
+    assert f"| AT + AGR | 53.00 ± {deviation:.2f} of 1,000 |" in found
+    assert f"53.00 ± {deviation:.2f} (fast) of 1,000" in found  # for AutoAttack, and says so
+    assert "CIFAR-100, wrn34_10: TRADES + AGR | not run" in found
+    hours = paper_numbers.device_hours("cifar100", "wrn34_10", "agr")
+    assert f"{hours:.0f} device-hours" in found
+    assert "| AT + AGR without GOP | 47.00 of 1,000" in section(
+        text, "Table 3: AGR without and with GOP"
+    )
+    assert "10.00 %" in section(text, "Table 3: AGR without and with GOP")  # leaves projected
+    assert "+ fixed tau 0.9 | 45.00" in section(text, "Table 4: how the gradients are mixed")
+    assert "[48.42]" in section(text, "Table 4: how the gradients are mixed")
+    assert "| not run |" in section(text, "Table 2: L2 and L1 attacks")
+
+
+def test_figures_are_drawn_or_say_what_is_missing(made):
+    text, written = rendered(made)
+    names = {path.name for path in written}
+    for number in (3, 4, 5, 6, 7, 8):
+        assert f"figure{number}.svg" in names
+        assert f"figure{number}.png" in names
+    assert "Not run: `python launch.py --job=sweep --config=configs/paper/figure1.py:small`" in text
+    page = (made / "report/report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 6
+    assert not re.search(r'(src|href)="http', page)
+    svg = (made / "report/figure4.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert "</svg>" in svg
+
+
+def test_the_same_runs_give_the_same_report(made):
+    first = {p: p.read_bytes() for p in write_report(made, made / "report")}
+    again = {p: p.read_bytes() for p in write_report(made, made / "report")}
+    different = {p.name for p in first if first[p] != again[p]}
+    assert not different - {p.name for p in first if p.suffix in (".svg", ".png", ".html")}
+    assert (made / "report/report.md") in first
+
+
+def test_an_empty_folder_says_what_would_be_needed(tmp_path):
+    text, written = rendered(tmp_path)
+    assert "There are no runs here." in text
+    assert "not run" in text
+    assert {path.suffix for path in written} == {".md", ".html"}
+    with pytest.raises(RunFolderError, match="expected a folder of runs"):
+        write_report(tmp_path / "none", tmp_path / "report")
+
+
+def test_damaged_and_foreign_folders_are_named_and_the_rest_is_rendered(made):
+    (made / "foreign").mkdir()
+    (made / "broken").mkdir()
+    (made / "broken/config.json").write_text("{")
+    shutil.copytree(made / "at-0", made / "field")
+    values = json.loads((made / "field/config.json").read_text())
+    values["agr"]["tua"] = 1
+    (made / "field/config.json").write_text(json.dumps(values))
+    (made / "at-1/evaluations/last-fast.json").write_text("no json")
+    old = json.loads((made / "agr-1/evaluations/last-first1000.json").read_text())
+    (made / "agr-1/evaluations/last-old.json").write_text(json.dumps({**old, "epoch": 30}))
+    (made / "agr-0/evaluations/last-first1000.json").unlink()
+    (made / "agr-0/metrics.jsonl").write_bytes(b'{"epoch": 12, "step": 936, "seconds": 1}\n{"epo')
+    text, _ = rendered(made)
+    overview = section(text, "Runs")
+    assert "| foreign | " in overview
+    assert "is no run folder" in overview
+    assert "| broken | " in overview
+    assert "| field | config.agr.tua: no such field; did you mean 'tau'? |" in overview
+    assert "at-1/evaluations/last-fast.json | damaged: not JSON" in overview
+    assert "last-old.json | of epoch 30, while the run has 60: not used" in overview
+    assert "| agr-0 | AT + AGR | 12 of 60 |" in overview
+    assert "| AT + AGR | 54.00 of 1,000" in section(text, "Table 1: accuracy without and with AGR")
+
+
+def test_arms_are_read_from_the_config(tmp_path):
+    arms = ("off", "clip", "agr", "agr_no_gop", "agr_no_clip", "mean", "tau_0.25")
+    for arm in arms:
+        made_run(tmp_path, arm, arm)
+    runs, problems = read_runs(tmp_path)
+    assert {run.name: run.arm for run in runs} == {arm: arm for arm in arms}
+    assert not problems
+
+
+def test_agr_small_pairs_runs_of_one_base(tmp_path):
+    generator = np.random.default_rng(0)
+    masks = {}
+    for base in ("base-0", "base-1"):
+        for arm in ("off", "clip", "agr"):
+            mask = generator.random(1000) < 0.5
+            masks[base, arm] = mask
+            made_run(tmp_path, f"{arm}-{base[-1]}", arm, base=f"runs/{base}", mask=mask)
+    text, _ = rendered(tmp_path)
+    found = section(text, "AGR-small: paired comparison")
+    changes = []
+    for base in ("base-0", "base-1"):
+        ours, control = masks[base, "agr"], masks[base, "clip"]
+        change = 100 * (ours.mean() - control.mean())
+        changes.append(change)
+        pair = mcnemar(ours, control)
+        cell = f"{change:+.2f} ({pair.gained}/{pair.lost}, p {pair.p_value:.2g})"
+        assert f"| {base}: AT + AGR | {cell} |" in found.split("AT + clip of the same base")[1]
+    mean = f"{np.mean(changes):+.2f} ± {np.std(changes, ddof=1):.2f}"
+    assert f"| mean of 2 bases: AT + AGR | {mean} |" in found.split("AT + clip of the same base")[1]
+
+
+def test_figures_without_matplotlib_say_so(made, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    text, written = rendered(made)
+    assert "matplotlib is missing: `pip install matplotlib`" in text
+    assert {path.suffix for path in written} == {".md", ".html"}
+
+
+def test_colours_are_told_apart_by_all():
+    """The largest palette difference shrinks for red- and green-blind eyes, but stays visible."""
+    assert len(set(figures.COLOURS)) == len(figures.COLOURS)
+    to_linear = np.array(
+        [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in figures.COLOURS]
+    )
+    # Machado et al. 2009, deuteranopia.
+    blind = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    seen = to_linear**2.2 @ blind.T
+    for i in range(6):
+        for j in range(i):
+            assert np.abs(seen[i] - seen[j]).sum() > 0.1
+
+
+# ---- sweeps
+
+
+def tiny(plan):
+    """A sweep on digits with three runs, made smaller still."""
+    with plan.unlocked():
+        plan.runs = tuple(run for run in plan.runs if "seed0" in run.name and "-at-" in run.name)
+        for run in plan.runs:
+            run.config.data.train_examples = 128
+            run.config.model.width = 4
+            run.config.attack.steps = 1
+            run.config.epochs = 2 if run.base else 1
+            run.config.agr.gics_start_epoch = run.config.agr.gop_start_epoch = 1
+            run.config.eval.attacks = ("clean",)
+            run.evaluations = tuple(
+                plans.evaluation(e.label, ("clean", "fgsm", "fast"), 16) for e in run.evaluations
+            )
+    return plan
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The runs of Table 1 for AT, on digits."""
+    folder = tmp_path_factory.mktemp("sweep") / "runs"
+    planned = sweep.from_plan(tiny(table1.get_config("digits")), folder)
+    assert sweep.run(planned) == 0
+    return planned
+
+
+def test_a_sweep_makes_its_runs_and_its_report(swept, capsys):
+    names = {run.name for run in swept.runs}
+    assert len(names) == 3
+    for planned in swept.runs:
+        record = read_run(swept.folder / planned.name)
+        assert record.finished
+        assert sweep.what_is_missing(swept, planned) == []
+        if planned.base:
+            assert set(record.attacks) == {"clean", "fgsm", "fast"}
+            assert planned.config.init_from == str(swept.folder / planned.base)
+    text, written = rendered(swept.folder)
+    found = section(text, "Table 1: accuracy without and with AGR")
+    assert "digits, wrn10_1 of width 4, 128 training images, 2 epochs" in found
+    rows = [line for line in found.splitlines() if line.startswith(("| AT |", "| AT + AGR |"))]
+    assert len(rows) == 2
+    assert all("(fast) of 16" in row for row in rows)
+    assert (swept.folder / "report/figure6.svg") in written
+    # Nothing is left to do, and nothing is done.
+    before = {p: p.stat().st_mtime_ns for p in swept.folder.rglob("*") if p.is_file()}
+    assert sweep.run(swept) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in swept.folder.rglob("*") if p.is_file()}
+
+
+def test_a_sweep_does_only_what_is_missing(swept, tmp_path, monkeypatch):
+    folder = tmp_path / "runs"
+    planned = sweep.from_plan(tiny(table1.get_config("digits")), folder)
+    shutil.copytree(swept.folder, folder)
+    branch = planned.runs[-1]
+    for path in (folder / branch.name / "evaluations").glob("*table1*"):
+        path.unlink()
+    assert sweep.what_is_missing(planned, branch) == ["evaluation table1"]
+    trained = []
+    monkeypatch.setattr(train, "run", lambda config, path: trained.append(path) or 0)
+    # The base lies elsewhere now, which evaluations do not mind.
+    assert sweep.run(planned) == 0
+    assert trained == []
+    same = [
+        json.loads(next((root / branch.name / "evaluations").glob("*table1*")).read_text())
+        for root in (folder, swept.folder)
+    ]
+    for record in same:
+        for found in record["attacks"].values():
+            found.pop("wall_seconds")
+            found.pop("seconds", None)
+        record.pop("config")
+    assert same[0] == same[1]
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tmp_path, capsys):
+    plan = tiny(table1.get_config("digits"))
+    with plan.unlocked():
+        plan.runs[0].config.model.name = "no_such_network"
+        other = plans.planned("alone", plan.runs[1].config.copy_and_resolve_references())
+        plan.runs = (*plan.runs, other)
+    planned = sweep.from_plan(plan, tmp_path)
+    assert sweep.run(planned) == 1
+    printed = capsys.readouterr().out
+    base, first, second, alone = (run.name for run in planned.runs)
+    assert f"failed: {base}: config.model.name" in printed
+    assert f"failed: {first}: its base {base} failed" in printed
+    assert f"failed: {second}: its base {base} failed" in printed
+    assert "1 of 4 runs are complete" in printed
+    assert read_run(tmp_path / alone).finished
+
+
+def test_what_is_no_sweep_is_refused():
+    with pytest.raises(ConfigError, match=r"a sweep needs a file of configs/paper"):
+        sweep.from_plan({"epochs": 3})
+    plan = table1.get_config("digits")
+    with plan.unlocked():
+        plan.runs = plan.runs[1:2]
+    with pytest.raises(ConfigError, match=r"its base .* must come before"):
+        sweep.from_plan(plan)
+    with pytest.raises(ConfigError, match="scale: must be one of full, small, digits, got 'tiny'"):
+        table1.get_config("tiny")
+
+
+def test_the_time_left_comes_from_the_runs_so_far(tmp_path):
+    plan = agr_small.get_config("small")
+    planned = sweep.from_plan(plan, tmp_path)
+    assert sweep.time_left(planned, planned.runs) == "time left not known yet"
+    base = planned.runs[0]
+    (tmp_path / base.name).mkdir()
+    lines = [{"epoch": e, "step": e, "seconds": 60.0} for e in range(1, 46)]
+    (tmp_path / base.name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    # Without AGR 10 + 4 passes, with it 10 + 6; 60 s an epoch of 14.
+    per_pass = 60 / 14
+    left = planned.runs[1:]
+    epochs = sum(
+        (45 if run.name.startswith("base") else 60 if run.name == "best-0" else 15)
+        * sweep.passes_per_image(run.config)
+        for run in left
+    )
+    expected = f"about {epochs * per_pass / 3600:.1f} h of training left"
+    assert sweep.time_left(planned, left) == expected
+
+
+def test_agr_small_is_what_the_page_says():
+    plan = agr_small.get_config("small")
+    runs = {run.name: from_config_dict(run.config) for run in plan.runs}
+    assert len([name for name in runs if name.startswith("base-")]) == 3
+    for seed in (0, 1, 2):
+        for arm in ("at", "at_clip", "agr", "agr_no_clip", "tau_0.9"):
+            config = runs[f"{arm}-{seed}"]
+            assert (config.seed, config.epochs, config.attack.steps) == (seed, 60, 5)
+            assert config.data.train_examples == 10_000
+            assert config.data.validation_examples == 2_000
+            assert config.optimizer.milestones == (30, 45)
+            assert config.model.width == 16
+    assert len(runs) == 3 + 15 + 6 + 1
+    page = (Path(__file__).parents[1] / "docs/experiments.md").read_text()
+    commands = page.split("```sh")[1].split("```")[0]
+    for name in ("base-$seed", "at-$seed", "at_clip-$seed", "agr-$seed", "tau_0.9-$seed"):
+        assert f"runs/agr-small/{name}" in commands
+    # The commands and the sweep make the same runs.
+    flags = dict(re.findall(r"--config\.([\w.]+)=(\S+?)[\s\"]", commands.split("\n")[2] + " "))
+    flat = dict(_flatten(dataclasses.asdict(runs["agr-0"])))
+    for name, value in flags.items():
+        assert str(flat[name]).replace(" ", "") == value, name
+
+
+def _flatten(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize("scale", plans.SCALES)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "configs/paper").glob("[tfa]*.py")),
+    ids=lambda path: path.stem,
+)
+def test_every_plan_loads(path, scale):
+    module = __import__(f"configs.paper.{path.stem}", fromlist=["get_config"])
+    planned = sweep.from_plan(module.get_config(scale))
+    assert planned.runs
+    assert len({run.name for run in planned.runs}) == len(planned.runs)
