@@ -31,3 +31,23 @@ def golden():
         pytest.skip(f"reference numbers {name} are neither in tests/golden nor in ../shared/golden")
 
     return load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_decoded_images(tmp_path_factory):
+    """No test uses, or fills, the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    """A file's compiled programs go with it: together they would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest one, which is one process, begins first."""
+    items.sort(key=lambda item: "test_float64.py" not in item.nodeid)

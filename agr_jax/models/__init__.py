@@ -23,9 +23,17 @@ import jax.numpy as jnp
 
 from agr_jax.models.convolution import Implementation, default_implementation
 from agr_jax.models.preact_resnet import PreActResNet
+from agr_jax.models.pretrained import pretrained_names, read_pretrained
 from agr_jax.models.wide_resnet import WideResNet
 
-__all__ = ["Classifier", "PreActResNet", "WideResNet", "create"]
+__all__ = [
+    "Classifier",
+    "PreActResNet",
+    "WideResNet",
+    "create",
+    "load_pretrained",
+    "pretrained_names",
+]
 
 _NAMES = "'preactresnet18' or 'wrn<depth>_<widen factor>' with a depth of 6 n + 4, as 'wrn34_10'"
 
@@ -100,3 +108,37 @@ class Classifier:
         logits = self.model.apply(self.variables, images)
         assert isinstance(logits, jax.Array)
         return logits
+
+
+def load_pretrained(name: str, *, conv: Implementation | None = None) -> Classifier:
+    """A small trained network that comes with this package; see `docs/results.md`.
+
+    Args:
+        name: one of `pretrained_names()`: `"cifar10-width16-at"` and `"cifar10-width16-agr"`, the
+            PreAct-ResNet-18 of width 16 whose evaluations lie beside the weights.
+        conv: as `create`.
+
+    Returns:
+        A classifier of images in [0, 1], `[batch, 32, 32, 3]`, with the normalisation inside.
+
+    Raises:
+        ValueError: on an unknown name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from agr_jax import models
+        >>> classifier = models.load_pretrained("cifar10-width16-at")
+        >>> classifier(jnp.zeros([2, 32, 32, 3])).shape
+        (2, 10)
+    """
+    variables, record = read_pretrained(name)
+    settings = record["model"]
+    model = create(
+        settings["name"],
+        settings["num_classes"],
+        width=settings["width"],
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        conv=conv,
+    )
+    return Classifier(model, variables)
