@@ -311,8 +311,10 @@ def test_missing_data_names_places_archive_and_address(tmp_path):
     (tmp_path / "tfds").mkdir()
     message = refused(
         f"--config={ROOT}/configs/tinyimagenet_at.py",
+        "--config.data.download=False",
         cwd=tmp_path,
         TFDS_DATA_DIR=str(tmp_path / "tfds"),
+        HOME=str(tmp_path),
     )
     for part in (
         str(tmp_path / "tfds"),

@@ -364,6 +364,41 @@ def test_a_sweep_makes_its_runs_and_its_report(swept, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in swept.folder.rglob("*") if p.is_file()}
 
 
+def test_measurements_of_a_real_run(swept, capsys):
+    """What must hold of any network: the middle of the landscape, Cauchy and Schwarz, the cap."""
+    base = swept.folder / swept.runs[0].name
+    config = run_folder.read_config(base)
+    settings = dataclasses.replace(
+        config.measure, images=20, directions=2, most_steps=30, points=3, batches=3
+    )
+    config = dataclasses.replace(config, measure=settings)
+    found = {
+        name: measure.measure_run(base, config, name)
+        for name in ("boundary", "landscape", "mechanism")
+    }
+    steps = found["boundary"]["steps"]
+    assert len(steps) == 2 * found["boundary"]["images"]
+    assert steps == sorted(steps)
+    assert all(1 <= s <= 30 for s in steps)
+    middle = [found["landscape"][scale] for scale in ("raw", "filter_normalised")]
+    for curve in middle:
+        assert curve["alpha"][1] == 0
+        assert curve["adversarial_loss"][1] >= curve["clean_loss"][1] - 1e-5
+    assert middle[0]["clean_loss"][1] == pytest.approx(middle[1]["clean_loss"][1], rel=1e-5)
+    change = found["mechanism"]["change"]
+    for way in ("clean", "adversarial"):
+        assert change[way][way]["mean"] == pytest.approx(-change[way]["norm"]["mean"], rel=1e-4)
+        for other in change.values():  # no direction of the same length does more
+            assert other[way]["mean"] >= change[way][way]["mean"] - 1e-4
+    for part in ("clean", "adversarial"):  # Theorem 4.1
+        assert change["agr"][part]["mean"] <= 1e-5
+    text, _ = rendered(swept.folder)
+    assert "base-seed0: agr |" in section(text, "AGR-small: mechanism")
+    with pytest.raises(ConfigError, match="measurement 'x': there are boundary, landscape"):
+        measure.measure_run(base, config, "x")
+    shutil.rmtree(base / "measurements")
+
+
 def test_a_sweep_does_only_what_is_missing(swept, tmp_path, monkeypatch):
     folder = tmp_path / "runs"
     planned = sweep.from_plan(tiny(table1.get_config("digits")), folder)

@@ -37,7 +37,7 @@ from agr_jax.models import Classifier
 from agr_jax.threat import Linf
 from configs.base import recipe
 
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "peak_memory_mb"}
 AVERAGED = {"averaging__decay": 0.9}
 MEASURED = {**AVERAGED, "diagnostics": True}
 # The run of AWP changes its method after the first epoch.

@@ -74,7 +74,9 @@ def download(
                 return path
             except (requests.RequestException, DownloadError, OSError) as error:
                 reason = _reason(error)
-                if isinstance(error, _FinalError) or number == tries:
+                if isinstance(error, _FinalError):
+                    raise DownloadError(f"{address}: {reason}") from error
+                if number == tries:
                     raise DownloadError(f"{address}: {reason} (try {number} of {tries})") from error
                 print(f"{address}: {reason}; trying again in {waits[number - 1]:g} s", flush=True)
                 time.sleep(waits[number - 1])

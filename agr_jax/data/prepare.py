@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from agr_jax.data.download import DownloadError
 from agr_jax.data.official import OFFICIAL
 from agr_jax.data.sources import default_tfds_folder, find_raw_anywhere
 from agr_jax.errors import DataError, UserError
@@ -41,7 +42,14 @@ def prepare(name: str, folder: Path, *, source: Path | None = None) -> Path:
         raise DataError(f"{source}: expected the official archive or folder, found nothing")
     builder = BUILDERS[name](data_dir=str(folder), source=source)
     print(f"{OFFICIAL[name].title}: from {source or OFFICIAL[name].address}", flush=True)
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except DownloadError as error:
+        official = OFFICIAL[name]
+        raise DataError(
+            f"{error}. Put {official.archive} ({official.archive_bytes:,} bytes) into "
+            f"{folder / 'downloads' / 'manual'}, or give it with --source=FILE"
+        ) from error
     return Path(builder.data_dir)
 
 
