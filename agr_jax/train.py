@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agr_jax import checkpoints, evaluate, leaf_names, mesh, methods, optim, reports, run_folder
+from agr_jax import checkpoints, evaluate, leaf_names, mesh, methods, optim, run_folder, run_log
 from agr_jax.batch_picture import save_picture
 from agr_jax.checkpoints import Checkpoints
 from agr_jax.config import Config
@@ -170,7 +170,7 @@ def _train(
         log.forget_after(first_step)
         diagnostics = _open_diagnostics(config, folder, state)
         feed = Feed(images, trainer.on, budget_mb=config.data.device_budget_mb)
-        print(reports.plan(config, trainer, state, total, feed), flush=True)
+        print(run_log.plan(config, trainer, state, total, feed), flush=True)
         compiled = _compiler(trainer, feed)
         if config.data.picture and first_step == 0:
             order = images.order(order_key, 0, _batch_sizes(trainer, len(dataset.train)))
@@ -240,8 +240,8 @@ def _train(
                     return leave(reached, stop.signal)
 
                 scores = _validate(config, trainer, state, dataset, epoch)
-                record = reports.epoch_record(config, per_epoch, epoch, meter, scores)
-                progress.print(reports.epoch_line(config, record))
+                record = run_log.epoch_record(config, per_epoch, epoch, meter, scores)
+                progress.print(run_log.epoch_line(config, record))
                 log.write(record)
                 meter = EpochMeter()
                 done = epoch + 1

@@ -112,6 +112,7 @@ def main() -> None:
                 measure(f"{title}: the same, all pixels read", LOAD, *given, "sum", cache=cache)
             if name == "tiny_imagenet":
                 with zipfile.ZipFile(path) as archive:
+                    # Of our own making, above.
                     archive.extractall(Path(made) / "unpacked")
                 given = name, str(Path(made) / "unpacked"), "64"
                 measure(f"{name} at 64: first start, folder", LOAD, *given, cache=cache)

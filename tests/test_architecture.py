@@ -34,7 +34,7 @@ ORDER = [
     "interruption",
     "train_step",
     "batch_picture",
-    "reports",
+    "run_log",
     "resume",
     "train",
     "measure",

@@ -167,9 +167,13 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path, folder):
     old, recent = folder / ".partial-old", folder / ".partial-recent"
     for path in (old, recent):
         path.mkdir(parents=True)
-    os.utime(old, (1, 1))
+    file = folder / ".partial-extra-0.npy.1"
+    file.touch()
+    for path in (old, file):
+        os.utime(path, (1, 1))
     load(made_cifar10(tmp_path), use_cache=True)
     assert not old.exists()
+    assert not file.exists()
     assert recent.exists()
 
 

@@ -22,8 +22,20 @@ from agr_jax.metrics import JsonLines, read_json_lines
 from configs import digits_at
 
 
+def overridden(values, **overrides) -> Config:
+    """A checked config with other values; `agr__gop` is a field of the group `agr`."""
+    with values.unlocked():
+        for name, value in overrides.items():
+            *groups, last = name.split("__")
+            target = values
+            for group in groups:
+                target = target[group]
+            target[last] = value
+    return from_config_dict(values)
+
+
 def small(**overrides) -> Config:
-    """Digits, 256 images, 4 steps an epoch, PGD-2; `agr__gop` is a field of the group `agr`."""
+    """Digits, 256 images, 4 steps an epoch, PGD-2."""
     values = digits_at.get_config()
     values.epochs = 2
     values.batch_size = 64
@@ -33,14 +45,7 @@ def small(**overrides) -> Config:
     values.agr.gics_start_epoch = 1
     values.eval.examples = 60
     values.eval.attacks = ("clean", "pgd3")
-    with values.unlocked():
-        for name, value in overrides.items():
-            *groups, last = name.split("__")
-            target = values
-            for group in groups:
-                target = target[group]
-            target[last] = value
-    return from_config_dict(values)
+    return overridden(values, **overrides)
 
 
 def variables_of(folder, which="last"):

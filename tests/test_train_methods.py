@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_train import overridden
 
 from agr_jax import (
     checkpoints,
@@ -25,7 +26,7 @@ from agr_jax import (
     train,
 )
 from agr_jax.attacks import PGD
-from agr_jax.config import Config, from_config_dict
+from agr_jax.config import Config
 from agr_jax.data import to_unit_range
 from agr_jax.data.batches import epoch_permutation
 from agr_jax.diagnostics import DiagnosticsLog
@@ -62,14 +63,7 @@ def small(method: str, **overrides) -> Config:
     values.agr.gics_start_epoch = 1
     values.eval.examples = 60
     values.eval.attacks = ("clean",)
-    with values.unlocked():
-        for name, value in overrides.items():
-            *groups, last = name.split("__")
-            target = values
-            for group in groups:
-                target = target[group]
-            target[last] = value
-    return from_config_dict(values)
+    return overridden(values, **overrides)
 
 
 @pytest.fixture(scope="module")

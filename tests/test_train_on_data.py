@@ -16,12 +16,11 @@ from official_archives import (
     real_cifar100,
 )
 from PIL import Image
-from test_train import assert_bit_identical, variables_of
+from test_train import assert_bit_identical, overridden, variables_of
 from test_train import small as digits
 
 from agr_jax import train
 from agr_jax.batch_picture import batch_picture
-from agr_jax.config import from_config_dict
 from agr_jax.data import prepare
 from agr_jax.data.feed import TrainingImages
 from agr_jax.errors import ConfigError, DataError
@@ -67,14 +66,7 @@ def small(name, path, **overrides):
     values.eval.examples = 32
     values.eval.batch_size = 32
     values.eval.attacks = ("clean",)
-    with values.unlocked():
-        for field, value in overrides.items():
-            *groups, last = field.split("__")
-            target = values
-            for group in groups:
-                target = target[group]
-            target[last] = value
-    return from_config_dict(values)
+    return overridden(values, **overrides)
 
 
 @pytest.fixture(scope="module")

@@ -224,5 +224,9 @@ def _mapped(path: Path) -> np.ndarray:
 def _forget_abandoned(folder: Path) -> None:
     """Removes what killed processes left unfinished a day ago and earlier."""
     for path in folder.glob(f"{_PARTIAL}*"):
-        if time.time() - path.stat().st_mtime > _SECONDS_UNTIL_ABANDONED:
+        if time.time() - path.stat().st_mtime <= _SECONDS_UNTIL_ABANDONED:
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:  # of `extra`
+            path.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ def draw(name: str, runs: Sequence[RunRecord]) -> Picture | None:
     Raises:
         ImportError: without matplotlib.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -39,11 +40,10 @@ def draw(name: str, runs: Sequence[RunRecord]) -> Picture | None:
     if caption is None:
         return None
     files = []
-    for kind in ("svg", "png"):
+    for kind, metadata in (("svg", {"Date": None}), ("png", {})):
         stream = io.BytesIO()
-        figure.savefig(
-            stream, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {}
-        )
+        with rc_context({"svg.hashsalt": name}):  # else names within the file are drawn by lot
+            figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
         files.append(stream.getvalue())
     return Picture(name, caption, *files)
 

@@ -17,7 +17,7 @@ REPORTED: dict[tuple[str, str, str, str], dict[str, float]] = {
     ("table1", "tiny_imagenet", "at", "agr"): {"autoattack": 6.48},
     ("table1", "tiny_imagenet", "trades", "agr"): {"autoattack": 6.48},
 }
-# Of the paper's remarks: the two last are the same number, which may be a slip of the paper.
+# The last two are one and the same number in the paper, which may be a slip.
 
 COLUMNS = {
     "table1": named.TABLES["table1"],

@@ -37,4 +37,4 @@ def get_config(scale: str = "small") -> ConfigDict:
     best.label_smoothing = 0.1
     best.averaging.decay = 0.995
     runs.append(plans.planned("best-0", best, evaluations=[fast]))
-    return plans.plan("agr_small", scale, runs, shows=("agr_small",), folder=f"runs/agr-{scale}")
+    return plans.plan("agr_small", scale, runs, folder=f"runs/agr-{scale}")

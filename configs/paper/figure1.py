@@ -15,5 +15,4 @@ def get_config(scale: str = "full") -> ConfigDict:
         "figure1",
         scale,
         plans.runs(scale, arms=("off",), diagnostics=True, from_start=True, seeds_of=(0,)),
-        shows=("figure1",),
     )

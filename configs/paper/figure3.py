@@ -26,5 +26,4 @@ def get_config(scale: str = "full") -> ConfigDict:
                 seeds_of=(0,),
             )
         ],
-        shows=("figure3",),
     )

@@ -15,5 +15,4 @@ def get_config(scale: str = "full") -> ConfigDict:
         "figure4",
         scale,
         plans.runs(scale, measurements=["boundary"], seeds_of=(0,)),
-        shows=("figure4",),
     )

@@ -15,5 +15,4 @@ def get_config(scale: str = "full") -> ConfigDict:
         "figure5",
         scale,
         plans.runs(scale, measurements=["landscape"], seeds_of=(0,)),
-        shows=("figure5",),
     )

@@ -11,4 +11,4 @@ from configs.paper import plans
 def get_config(scale: str = "full") -> ConfigDict:
     """The runs at a scale."""
     plans.check_scale(scale)
-    return plans.plan("figure6", scale, plans.runs(scale, seeds_of=(0,)), shows=("figure6",))
+    return plans.plan("figure6", scale, plans.runs(scale, seeds_of=(0,)))

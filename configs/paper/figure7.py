@@ -16,5 +16,4 @@ def get_config(scale: str = "full") -> ConfigDict:
         "figure7",
         scale,
         plans.runs(scale, arms=(*taus, "agr"), seeds_of=(0,)),
-        shows=("figure7",),
     )

@@ -19,5 +19,4 @@ def get_config(scale: str = "full") -> ConfigDict:
             *plans.runs(scale, method="trades", arms=("off",), seeds_of=(0,)),
             *plans.runs(scale, method="mart", arms=("off",), seeds_of=(0,)),
         ],
-        shows=("figure8",),
     )

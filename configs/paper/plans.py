@@ -15,9 +15,7 @@ BRANCH_EPOCH = {"full": 150, "small": 45, "digits": 4}
 EPOCHS = {"full": 200, "small": 60, "digits": 6}
 
 
-def plan(
-    name: str, scale: str, runs: Iterable[ConfigDict], shows: Sequence[str], folder: str = ""
-) -> ConfigDict:
+def plan(name: str, scale: str, runs: Iterable[ConfigDict], folder: str = "") -> ConfigDict:
     """A sweep: its runs in order, each once, in one folder that all sweeps of a scale share."""
     unique = {run.name: run for run in runs}
     return ConfigDict(
@@ -25,7 +23,6 @@ def plan(
             "sweep": name,
             "scale": check_scale(scale),
             "folder": folder or f"runs/paper-{scale}",
-            "shows": tuple(shows),
             "runs": tuple(unique.values()),
         }
     )
@@ -100,6 +97,25 @@ def arm(config: ConfigDict, name: str) -> ConfigDict:
     elif name != "agr":
         raise ConfigError(f"arm: there is none named {name!r}")
     return config
+
+
+def whole_table(number: int, scale: str) -> ConfigDict:
+    """The paper's Table 1 or 2: every data set, network and method, without and with AGR."""
+    sets = ("cifar10", "cifar100", "tinyimagenet") if check_scale(scale) == "full" else ("cifar10",)
+    models = ("preactresnet18", "wrn34_10") if scale == "full" else ("preactresnet18",)
+    return plan(
+        f"table{number}",
+        scale,
+        [
+            run
+            for data in sets
+            for model in models
+            for method in METHODS
+            for run in runs(
+                scale, data=data, model=model, method=method, evaluations=[table(number, scale)]
+            )
+        ],
+    )
 
 
 def runs(

@@ -10,24 +10,4 @@ from configs.paper import plans
 
 def get_config(scale: str = "full") -> ConfigDict:
     """The runs at a scale."""
-    plans.check_scale(scale)
-    sets = ("cifar10", "cifar100", "tinyimagenet") if scale == "full" else ("cifar10",)
-    models = ("preactresnet18", "wrn34_10") if scale == "full" else ("preactresnet18",)
-    return plans.plan(
-        "table2",
-        scale,
-        [
-            run
-            for data in sets
-            for model in models
-            for method in plans.METHODS
-            for run in plans.runs(
-                scale,
-                data=data,
-                model=model,
-                method=method,
-                evaluations=[plans.table(2, scale)],
-            )
-        ],
-        shows=("table2",),
-    )
+    return plans.whole_table(2, scale)

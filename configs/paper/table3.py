@@ -21,5 +21,4 @@ def get_config(scale: str = "full") -> ConfigDict:
                 scale, method=method, arms=("agr_no_gop", "agr"), diagnostics=True
             )
         ],
-        shows=("table3",),
     )

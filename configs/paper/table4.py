@@ -19,5 +19,4 @@ def get_config(scale: str = "full") -> ConfigDict:
             for method in plans.METHODS
             for run in plans.runs(scale, method=method, arms=("mean", "tau_0.9", "agr"))
         ],
-        shows=("table4",),
     )
