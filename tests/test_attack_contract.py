@@ -102,6 +102,7 @@ def test_narrow_floats(name, norm):
     assert (threat.distance(*exact) <= threat.epsilon + room).all()
 
 
+@pytest.mark.slow
 @by_attack
 def test_draws_do_not_depend_on_the_batch(name):
     """With one key for each image, an image's result is the same alone and among others."""

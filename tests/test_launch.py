@@ -161,6 +161,7 @@ def test_killed_within_an_epoch_and_started_again_is_bit_identical(undisturbed, 
     assert_same_run(undisturbed, tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_killed_awp_on_trades_with_average_and_diagnostics(undisturbed_awp_on_trades, tmp_path):
     kill_and_continue(AWP_ON_TRADES, tmp_path / "killed")
     assert_same_run(undisturbed_awp_on_trades, tmp_path / "killed")
@@ -182,7 +183,9 @@ def test_evaluation_has_a_row_for_the_average(undisturbed_awp_on_trades):
     assert epochs[1] == epochs[3] == "8"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_leaves_cleanly(undisturbed, tmp_path, number):
     folder = tmp_path / "stopped"
     process = start_and_wait_for_checkpoint(SMALL, folder)

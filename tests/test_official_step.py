@@ -120,8 +120,15 @@ def common(golden):
     return golden("official_step_prn18_k10_common.npz")
 
 
-@pytest.mark.parametrize("agr", [True, False])
-@pytest.mark.parametrize("method", NOISE)
+@pytest.mark.parametrize(
+    ("method", "agr"),
+    [
+        # The exact test is tests/float64/test_official_step.py; here one is enough for every day.
+        pytest.param(method, agr, marks=[] if (method, agr) == ("AT", True) else pytest.mark.slow)
+        for method in NOISE
+        for agr in (True, False)
+    ],
+)
 def test_step(golden, common, method, agr):
     z = golden(f"official_step_prn18_k10_{method}.npz")
     names = bytes(common["leaf_names_utf8"]).decode().split()

@@ -171,6 +171,7 @@ def test_the_last_short_batch_can_be_kept(tmp_path):
     assert int(checkpoints.find(tmp_path / "run").name) == 4
 
 
+@pytest.mark.slow
 def test_standard_training_and_the_other_norms_run(tmp_path):
     assert train.run(small(method="standard", agr__enabled=False, epochs=1), tmp_path / "s") == 0
     for norm, epsilon in (("l2", 1.0), ("l1", 5.0)):

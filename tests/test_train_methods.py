@@ -158,13 +158,13 @@ def assert_same_diagnostics(left, right):
 @pytest.mark.parametrize(
     ("name", "stop_at"),
     [
-        ("trades", 2),
-        ("mart", 2),
-        ("awp", 2),
-        ("avmixup", 2),
-        ("standard", 2),
+        # The last one keeps the most from step to step.
+        *(
+            pytest.param(name, 2, marks=pytest.mark.slow)
+            for name in ("trades", "mart", "awp", "avmixup", "standard")
+        ),
         ("awp_on_trades", 3),
-        ("awp_on_trades", 6),
+        pytest.param("awp_on_trades", 6, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_continued_equals_undisturbed(finished, tmp_path, monkeypatch, name, stop_at):
@@ -296,6 +296,7 @@ def test_the_average_has_a_row_of_its_own(finished, capsys):
     assert abs(correct["last"] - correct["average"]) >= 3, "the two networks answer the same"
 
 
+@pytest.mark.slow
 def test_averaged_statistics_fit_the_averaged_network(tmp_path):
     """Nearer to those that the averaged network has on the training set than the latest ones are.
 

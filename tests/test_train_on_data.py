@@ -119,6 +119,7 @@ def image_folder(tmp_path):
     return tmp_path / "own"
 
 
+@pytest.mark.slow
 def test_an_image_folder_trains(image_folder, tmp_path, capsys):
     config = small("image_folder", image_folder, data__image_size=32, data__train_examples=0)
     for turn in ("read", "cached"):
@@ -151,7 +152,8 @@ STREAMED = {"data__device_budget_mb": 1}
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("last_batch", "with_extra"), [("drop", False), ("keep", False), ("drop", True)]
+    ("last_batch", "with_extra"),
+    [("drop", False), pytest.param("keep", False, marks=pytest.mark.slow), ("drop", True)],
 )
 def test_streamed_equals_on_device_bit_for_bit(
     places, extra, tmp_path, capsys, monkeypatch, last_batch, with_extra
