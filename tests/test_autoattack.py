@@ -69,6 +69,7 @@ def consistent(result, logits_fn, images, labels, threat):
     assert all((after <= before).all() for before, after in itertools.pairwise(masks))
 
 
+@pytest.mark.slow
 def test_verdicts_on_the_first_images(golden):
     compare(golden, "cifar_cnn_a_adv", "Linf_8", Linf(8 / 255), examples=60)
 

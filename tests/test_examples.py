@@ -50,6 +50,7 @@ def test_default_folders(field, folder):
     assert str(run_folder.default_folder(from_config_dict(values))) == folder
 
 
+@pytest.mark.slow
 def test_own_images_train(tmp_path, capsys):
     for c, name in enumerate(("dark", "light")):
         for split in ("train", "test"):

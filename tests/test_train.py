@@ -165,6 +165,7 @@ def test_agr_with_nothing_active_is_at_bit_for_bit(tmp_path):
     assert_bit_identical(variables_of(tmp_path / "at"), variables_of(tmp_path / "agr"))
 
 
+@pytest.mark.slow
 def test_the_last_short_batch_can_be_kept(tmp_path):
     settings = {"data__train_examples": 240, "data__last_batch": "keep", "epochs": 1}
     assert train.run(small(**settings), tmp_path / "run") == 0
