@@ -23,6 +23,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from agr_jax.selection import kth_smallest
+
 _TINY = 1e-12
 
 
@@ -166,7 +168,7 @@ class L1:
         else:
             magnitude = jnp.abs(flatten(gradient))
             kept = max(1, round((1 - self.sparsity) * magnitude.shape[1]))
-            threshold = jax.lax.top_k(magnitude, kept)[0][:, -1]
+            threshold = kth_smallest(magnitude, magnitude.shape[1] - kept)
             large = jnp.abs(gradient) >= expand(threshold, gradient)
             direction = jnp.where(large, jnp.sign(gradient), 0)
         return direction / (expand(_norm1(direction), gradient) + _TINY)

@@ -15,6 +15,7 @@ ORDER = [
     "combination",
     "agr",
     "losses",
+    "selection",
     "threat",
     "fields",
     "config",

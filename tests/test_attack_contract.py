@@ -1,11 +1,13 @@
 """What every attack promises: ball, box, shape, dtype, any batch, any number of classes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agr_jax import losses
+from agr_jax import losses, mesh
 from agr_jax.attacks import apgd, autoattack, cw_inf, fab, fgsm, ifgsm, pgd, spsa, square
 from agr_jax.threat import L1, L2, Linf
 
@@ -281,3 +283,19 @@ def test_no_attack_goes_beyond_a_certified_bound(name):
     assert (np.asarray(margin) <= bound + 1e-5).all()
     assert (bound < 0).sum() >= 10  # some images are certified, so that the test can fail
     assert (bound > 0).sum() >= 5
+
+
+@pytest.mark.parametrize("norm", THREATS)
+@pytest.mark.parametrize("name", ["pgd", "apgd-first", "fab", "fab-t", "square"])
+def test_devices_share_nothing_but_the_end_of_a_loop(name, norm):
+    """A batch on two devices: no image's data crosses, whatever the compiler makes of indexing."""
+    on = mesh.data_mesh(jax.devices()[:2])
+    logits_fn, images, labels = examples(8, (4, 4, 3), 10)
+    keys = jax.random.split(jax.random.key(0), 8)
+    batch = jax.device_put((images, labels, keys), mesh.batch_sharding(on))
+    weights = jax.device_put(logits_fn, mesh.replicated(on))
+    attack = ATTACKS[name](THREATS[norm])
+    program = jax.jit(attack).trace(weights, *batch).lower().compile().as_text()
+    assert "partition_count=2" in program or "num_partitions=2" in program
+    collective = r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
+    assert {shape for shape, _ in re.findall(collective, program)} <= {"pred[]"}

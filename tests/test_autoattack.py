@@ -354,7 +354,7 @@ def test_batches_have_few_shapes():
             np.concatenate([rows for rows, _ in batches]), np.arange(count)
         )
         assert all(len(rows) <= shape for rows, shape in batches)
-        assert sum(shape for _, shape in batches) <= 1.25 * count + 15
+        assert sum(shape for _, shape in batches) < count + 15
 
 
 # ---- checks

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from agr_jax.attacks.selection import kth_smallest, largest_level
+from agr_jax.selection import kth_smallest, largest_level
 
 rows = hnp.arrays(
     np.float32,

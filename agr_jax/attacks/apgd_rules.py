@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agr_jax.attacks.selection import kth_smallest
+from agr_jax.selection import kth_smallest
 from agr_jax.threat import L1, L2, Linf, expand, flatten
 
 

@@ -139,5 +139,5 @@ def _as_array(value: Any) -> Any:
 
 def likeliest_wrong_class(logits: jax.Array, labels: jax.Array, rank: jax.Array | int) -> jax.Array:
     """The class with the `rank`-th largest logit (from 0) beside the label, `[batch]`."""
-    rows = jnp.arange(labels.shape[0])
-    return jnp.argsort(logits.at[rows, labels].set(jnp.inf), axis=1)[:, -2 - rank]
+    is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    return jnp.argsort(jnp.where(is_label, jnp.inf, logits), axis=1)[:, -2 - rank]

@@ -264,12 +264,9 @@ def _batch_shapes(batch_size: int, on: Mesh | None) -> tuple[int, ...]:
 def _pack(rows: np.ndarray, shapes: tuple[int, ...]) -> Iterator[tuple[np.ndarray, int]]:
     """Cuts rows into batches of the given shapes, with little to fill up."""
     while len(rows):
-        # The largest shape that the rows fill, or else the smallest that holds them.
-        filled = [shape for shape in shapes if shape <= len(rows)]
-        holding = [shape for shape in shapes if shape >= len(rows)]
-        shape = filled[0] if filled else holding[-1]
-        if holding and holding[-1] <= 1.25 * len(rows):
-            shape = holding[-1]
+        # The smallest shape that holds all rows, if it leaves no room for another batch.
+        holding = [shape for shape in shapes if len(rows) <= shape < len(rows) + shapes[-1]]
+        shape = holding[-1] if holding else max(shape for shape in shapes if shape <= len(rows))
         yield rows[:shape], shape
         rows = rows[shape:]
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from agr_jax import losses
 from agr_jax.attacks.attack import (
     LogitsFn,
     Loop,
@@ -163,7 +164,7 @@ def _run(
 ) -> _Found:
     start, step = _prepare(attack, logits_fn, images, labels, keys, index)
     finished = _all_in_ball if attack.stop_when_fooled else None
-    _, found = loop(step, (start, _nothing(images)), attack.steps, finished)
+    _, found = loop(step, (start, _nothing(images, labels)), attack.steps, finished)
     return found
 
 
@@ -187,9 +188,13 @@ def _prepare(
     return start, _Step(attack, logits_fn, images, labels, targets)
 
 
-def _nothing(images: jax.Array) -> _Found:
-    examples = images.shape[:1]
-    return _Found(images, jnp.full(examples, jnp.inf, images.dtype), jnp.zeros(examples, bool))
+def _nothing(images: jax.Array, labels: jax.Array) -> _Found:
+    # Made of the labels, to lie on the same devices.
+    return _Found(
+        points=images,
+        distance=jnp.full_like(labels, jnp.inf, images.dtype),
+        in_ball=jnp.zeros_like(labels, bool),
+    )
 
 
 def _all_in_ball(state: tuple[jax.Array, _Found]) -> jax.Array:
@@ -218,8 +223,12 @@ class _Step:
         weights, here, flat_images = flatten(gradient), flatten(points), flatten(images)
         # The same hyperplane, seen from the iterate and from the image.
         from_image = difference + (weights * (flat_images - here)).sum(1)
-        step_here = step_to_hyperplane(threat, here, weights, difference)
-        step_image = step_to_hyperplane(threat, flat_images, weights, from_image)
+        step_here, step_image = step_to_hyperplane(
+            threat,
+            jnp.stack([here, flat_images]),
+            weights[None],
+            jnp.stack([difference, from_image]),
+        )
         length_here = jnp.maximum(_norm(threat, step_here), 1e-8)
         length_image = jnp.maximum(_norm(threat, step_image), 1e-8)
         alpha = jnp.minimum(length_here / (length_here + length_image), attack.alpha_max)[:, None]
@@ -248,12 +257,11 @@ def _nearest_boundary(
     targets: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The logit of a class minus the label's, and its gradient: the target's, or the nearest's."""
-    rows = jnp.arange(labels.shape[0])
     if targets is not None:
 
         def total(points: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = logits_fn(points)
-            difference = (logits[rows, targets] - logits[rows, labels]).astype(points.dtype)
+            difference = losses.targeted_margin(logits, labels, targets).astype(points.dtype)
             return difference.sum(), difference
 
         gradient, difference = jax.grad(total, has_aux=True)(points)
@@ -266,7 +274,8 @@ def _nearest_boundary(
     def of_class(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         one_hot = jax.nn.one_hot(jnp.broadcast_to(index, labels.shape), num_classes)
         (gradient,) = pull_back(one_hot.astype(logits.dtype) - is_label)
-        return (logits[:, index] - logits[rows, labels]).astype(points.dtype), gradient
+        classes = jnp.full_like(labels, index)
+        return losses.targeted_margin(logits, labels, classes).astype(points.dtype), gradient
 
     def nearest(best: Any, index: jax.Array) -> tuple[Any, None]:
         difference, gradient = of_class(index)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from agr_jax.attacks.selection import largest_level
+from agr_jax.selection import largest_level
 from agr_jax.threat import L1, L2, Linf
 
 # The published code leaves pixels with smaller weights alone, under L2 and L1.
@@ -29,12 +29,12 @@ def step_to_hyperplane(
 
     Args:
         threat: whose norm is meant; its radius is not used.
-        points: `[batch, pixels]` in [0, 1].
-        weights: `[batch, pixels]`, normal of each hyperplane.
-        excess: `[batch]`, `w . x - b`: the value that the step has to take away.
+        points: `[..., pixels]` in [0, 1].
+        weights: `[..., pixels]`, normal of each hyperplane; leading axes as of `points`, or 1.
+        excess: `[...]`, `w . x - b`: the value that the step has to take away.
     """
     excess_sign = jnp.where(excess >= 0, 1, -1).astype(points.dtype)
-    signed = weights * excess_sign[:, None]
+    signed = weights * excess_sign[..., None]
     size = jnp.abs(signed)
     if not isinstance(threat, Linf):
         size = jnp.where(size > _LEAST_WEIGHT, size, 0)
@@ -59,12 +59,12 @@ def _proportional(
     """
 
     def full(scale: jax.Array) -> jax.Array:
-        return scale[:, None] * slope >= room
+        return scale[..., None] * slope >= room
 
     def newton(scale: jax.Array) -> jax.Array:
         at_border = full(scale)
-        left = needed - jnp.where(at_border, size * room, 0).sum(1)
-        rate = jnp.where(at_border, 0, size * slope).sum(1)
+        left = needed - jnp.where(at_border, size * room, 0).sum(-1)
+        rate = jnp.where(at_border, 0, size * slope).sum(-1)
         return jnp.where(rate > 0, left / jnp.where(rate > 0, rate, 1), jnp.inf)
 
     def climb(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -79,18 +79,18 @@ def _proportional(
     scale, _ = lax.while_loop(unfinished, climb, start)
     # No product of 0 and infinity.
     return jnp.where(
-        full(scale), room, jnp.minimum(scale, jnp.finfo(size.dtype).max)[:, None] * slope
+        full(scale), room, jnp.minimum(scale, jnp.finfo(size.dtype).max)[..., None] * slope
     )
 
 
 def _largest_weights_first(size: jax.Array, room: jax.Array, needed: jax.Array) -> jax.Array:
     """All the room of the pixels of largest weight, and a part of the last one's."""
-    level = largest_level(size, size * room, needed)[:, None]
+    level = largest_level(size, size * room, needed)[..., None]
     above = size > level
     tied = (size == level) & (size > 0)
-    left = needed - jnp.where(above, size * room, 0).sum(1)
+    left = needed - jnp.where(above, size * room, 0).sum(-1)
     # Pixels of the same weight in their order, until what is left is used up.
     tied_room = jnp.where(tied, room, 0)
-    before = jnp.cumsum(tied_room, axis=1) - tied_room
-    part = jnp.clip(left[:, None] / jnp.where(tied, size, 1) - before, 0, tied_room)
+    before = jnp.cumsum(tied_room, axis=-1) - tied_room
+    part = jnp.clip(left[..., None] / jnp.where(tied, size, 1) - before, 0, tied_room)
     return jnp.where(above, room, part)

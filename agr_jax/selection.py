@@ -15,36 +15,36 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def kth_smallest(values: jax.Array, rank: jax.Array) -> jax.Array:
+def kth_smallest(values: jax.Array, rank: jax.Array | int) -> jax.Array:
     """The entry at `rank` of each row in ascending order.
 
     Args:
-        values: `[batch, n]`, finite and >= 0.
-        rank: integers `[batch]` in `[0, n)`.
+        values: `[..., n]`, finite and >= 0.
+        rank: integers `[...]` in `[0, n)`, or one for all rows.
 
     Returns:
-        `[batch]`, entries of `values`.
+        `[...]`, entries of `values`.
     """
     bits = _bits(values)
-    return _least(bits, values.dtype, lambda level: (bits <= level[:, None]).sum(1) > rank)
+    return _least(bits, values.dtype, lambda level: (bits <= level[..., None]).sum(-1) > rank)
 
 
 def largest_level(values: jax.Array, weights: jax.Array, total: jax.Array) -> jax.Array:
     """The largest level such that the weights of the entries at or above it sum to `total`.
 
     Args:
-        values: `[batch, n]`, finite and >= 0.
-        weights: `[batch, n]`, >= 0.
-        total: `[batch]`, > 0.
+        values: `[..., n]`, finite and >= 0.
+        weights: `[..., n]`, >= 0.
+        total: `[...]`, > 0.
 
     Returns:
-        `[batch]`: an entry of each row of `values`, or 0 where all its weights together are less
+        `[...]`: an entry of each row of `values`, or 0 where all its weights together are less
         than `total`.
     """
     bits = _bits(values)
 
     def too_high(level: jax.Array) -> jax.Array:
-        return jnp.where(bits > level[:, None], weights, 0).sum(1) < total
+        return jnp.where(bits > level[..., None], weights, 0).sum(-1) < total
 
     return _least(bits, values.dtype, too_high)
 
@@ -58,15 +58,14 @@ def _bits(values: jax.Array) -> jax.Array:
 def _least(bits: jax.Array, dtype: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The least float in [0, row's maximum] whose bits fulfil what all larger ones fulfil too."""
 
-    def unfinished(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return jnp.any(bounds[0] < bounds[1])
-
-    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         true = holds(middle)
         return jnp.where(true, low, middle + 1), jnp.where(true, middle, high)
 
-    highest = bits.max(1)
-    low, _ = lax.while_loop(unfinished, halve, (jnp.zeros_like(highest), highest))
+    highest = bits.max(-1)
+    # A fixed number, which is hardly ever more than needed: no device waits for another's rows.
+    halvings = 8 * bits.dtype.itemsize - 1
+    low, _ = lax.fori_loop(0, halvings, halve, (jnp.zeros_like(highest), highest))
     return lax.bitcast_convert_type(low, dtype)
