@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+OPTIONS = ("-q", "-n0", "-p", "no:cacheprovider")
+
 
 @pytest.mark.skipif(bool(os.environ.get("JAX_ENABLE_X64")), reason="already in such a process")
-def test_exact_tests_pass_in_float64():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_exact_tests_pass_in_float64(which):
     folder = Path(__file__).parent / "float64"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(folder), "-q", "-n0", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(folder), "-m", which, *OPTIONS],
         env={**os.environ, "JAX_ENABLE_X64": "1"},
         capture_output=True,
         text=True,

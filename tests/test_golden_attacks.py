@@ -101,6 +101,7 @@ def test_fgsm_pgd_and_cw_masks(golden, network, name, file, epsilon, alpha, step
             check(key, attack.from_start(logits_fn, images, labels, start))
 
 
+@pytest.mark.slow
 def test_l2_pgd_and_cw_masks(golden, network):
     stored = golden("autoattack_cifar_cnn_a_adv_L2_0.5.npz")
     logits_fn = network("cnn_a")
@@ -171,6 +172,7 @@ def test_apgd_runs(golden, network, file, norm):
     assert flips <= 0.05 * stable_images + 1
 
 
+@pytest.mark.slow
 @by_file
 def test_apgd_l1_from_another_radius(golden, network, file):
     """`L1warm` starts from points that set the sparsity, `L1large` at three times the radius."""

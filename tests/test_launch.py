@@ -174,6 +174,7 @@ def test_killed_awp_on_trades_with_average_and_diagnostics(undisturbed_awp_on_tr
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.slow
 def test_evaluation_has_a_row_for_the_average(undisturbed_awp_on_trades):
     result = launch("--job=evaluate", f"--workdir={undisturbed_awp_on_trades}")
     assert result.returncode == 0, result.stderr

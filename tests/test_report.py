@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from agr_jax import config as config_module
 from agr_jax import measure, run_folder, sweep, train
@@ -218,6 +219,31 @@ def test_figures_are_drawn_or_say_what_is_missing(made):
     svg = (made / "report/figure4.svg").read_text()
     assert svg.startswith("<?xml")
     assert "</svg>" in svg
+
+
+def drawn(root, name):
+    """The axes of a figure, and its caption."""
+    figure = Figure()
+    caption = figures._DRAWINGS[name](figure, read_runs(root)[0])
+    return figure.axes[0], caption
+
+
+def test_figure_3_shows_the_mean_over_seeds(made):
+    for seed, accuracy in ((0, 0.5), (1, 0.7)):
+        made_run(made, f"mixup-{seed}", "off", seed=seed, method="avmixup", accuracy=accuracy)
+    axes, caption = drawn(made, "figure3")
+    bars = {c.get_label(): [round(b.get_height()) for b in c] for c in axes.containers if c[0]}
+    assert bars["AVmixup"] == [60, 60]  # clean and PGD-20
+    assert bars["AWP"] == [44, 44]
+    assert caption.endswith("last epoch, mean of up to 2 seeds.")
+
+
+def test_figure_7_shows_branches_of_one_base(made):
+    made_run(made, "tau-0.9-1", "tau_0.9", seed=1, accuracy=0.9)
+    axes, caption = drawn(made, "figure7")
+    assert axes.lines[0].get_xydata().tolist() == [[0.5, 40], [0.9, 45]]
+    assert {line.get_ydata()[0] for line in axes.lines[1:]} == {40, 52}  # seed 0's AGR
+    assert ", seed 0;" in caption
 
 
 def test_the_same_runs_give_the_same_report(made):

@@ -158,12 +158,13 @@ def assert_same_diagnostics(left, right):
 @pytest.mark.parametrize(
     ("name", "stop_at"),
     [
-        # The last one keeps the most from step to step.
+        # The last ones keep the most from step to step.
         *(
             pytest.param(name, 2, marks=pytest.mark.slow)
-            for name in ("trades", "mart", "awp", "avmixup", "standard")
+            for name in ("trades", "mart", "awp", "standard")
         ),
-        ("awp_on_trades", 3),
+        ("avmixup", 2),
+        pytest.param("awp_on_trades", 3, marks=pytest.mark.slow),
         pytest.param("awp_on_trades", 6, marks=pytest.mark.slow),
     ],
 )
@@ -382,6 +383,7 @@ def test_label_smoothing_is_the_closed_form_in_both_losses():
         assert float(metrics[f"{kind}_loss"]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_label_smoothing_changes_a_run(finished):
     plain, smoothed = (saved(finished("at", **o)) for o in ({}, {"label_smoothing": 0.2}))
     name = "['variables']['params']['fc']['kernel']"
@@ -427,6 +429,7 @@ def test_global_clip_comes_after_agr_and_before_weight_decay_and_momentum():
         assert np.sqrt(squares) <= limit * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_published_statistics_are_the_same_in_at_and_not_in_mart(finished):
     published = {"batch_stats": "published"}
     at = [saved(finished("at", **o)) for o in ({}, published)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from agr_jax.report.page import Picture
+from agr_jax.report.paired import mean_and_deviation
 from agr_jax.report.run_records import RunRecord, read_diagnostics
 from agr_jax.report.tables import complete
 
@@ -84,22 +86,36 @@ def _bars(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     if not wanted:
         return None
     attacks = [a for a in ("clean", "pgd20", "spsa") if any(a in run.attacks for run in wanted)]
+    by_title: dict[str, list[RunRecord]] = {}
+    for run in wanted:
+        by_title.setdefault(run.title, []).append(run)
     axes = figure.add_subplot()
-    width = 0.8 / len(wanted)
-    for index, run in enumerate(wanted):
-        heights = [100 * run.attacks[a].accuracy if a in run.attacks else np.nan for a in attacks]
-        places = np.arange(len(attacks)) + (index - (len(wanted) - 1) / 2) * width
-        hatch = "//" if run.arm == "agr" else ""
-        colour = COLOURS[index % len(COLOURS)]
+    width = 0.8 / len(by_title)
+    for index, (title, repeated) in enumerate(by_title.items()):
+        accuracies = [
+            [100 * run.attacks[a].accuracy for run in repeated if a in run.attacks] or [np.nan]
+            for a in attacks
+        ]
+        means, deviations = zip(*map(mean_and_deviation, accuracies), strict=True)
+        places = np.arange(len(attacks)) + (index - (len(by_title) - 1) / 2) * width
         bars = axes.bar(
-            places, heights, width, label=run.title, color=colour, hatch=hatch, edgecolor="white"
+            places,
+            means,
+            width,
+            yerr=None if None in deviations else deviations,
+            label=title,
+            color=COLOURS[index % len(COLOURS)],
+            hatch="//" if repeated[0].arm == "agr" else "",
+            edgecolor="white",
         )
         axes.bar_label(bars, fmt="%.1f", fontsize="x-small")
     titles = {"clean": "clean", "pgd20": "PGD-20", "spsa": "SPSA"}
     axes.set_xticks(np.arange(len(attacks)), [titles[a] for a in attacks])
     axes.set(ylabel="accuracy, %")
     axes.legend(fontsize="small")
-    return f"{wanted[0].setting}; last epoch, one seed."
+    repetitions = {len(repeated) for repeated in by_title.values()}
+    seeds = "one seed" if repetitions == {1} else f"mean of up to {max(repetitions)} seeds"
+    return f"{wanted[0].setting}; last epoch, {seeds}."
 
 
 def _boundary(figure: Any, runs: Sequence[RunRecord]) -> str | None:
@@ -169,6 +185,10 @@ def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found = [r for r in complete(runs) if r.arm.startswith("tau_") and "clean" in r.attacks]
     if not found:
         return None
+    # Branches of one base: those of the seed that has most of them.
+    counts = collections.Counter(run.config.seed for run in found)
+    seed = max(sorted(counts), key=lambda seed: counts[seed])
+    found = [run for run in found if run.config.seed == seed]
     found.sort(key=lambda run: run.config.agr.tau)
     robust = "fast" if all("fast" in run.attacks for run in found) else "pgd20"
     axes = figure.add_subplot()
@@ -181,13 +201,14 @@ def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         title = {"clean": "clean", "pgd20": "PGD-20", "fast": "APGD-CE + targeted APGD"}[attack]
         axes.plot(*zip(*points, strict=True), marker=marker, label=title, **_look(index))
         for run in complete(runs):
-            if run.arm == "agr" and attack in run.attacks and run.method == found[0].method:
+            same = run.method == found[0].method and run.config.seed == seed
+            if run.arm == "agr" and same and attack in run.attacks:
                 value = 100 * run.attacks[attack].accuracy
                 axes.axhline(value, linewidth=0.8, alpha=0.6, **_look(index))
                 axes.annotate(f"GICS, {title}", (0.02, value), fontsize="x-small", va="bottom")
     axes.set(xlabel="tau, share of the adversarial gradient", ylabel="accuracy, %")
     axes.legend()
-    return f"{found[0].setting}; the lines are AGR's cosine (GICS)."
+    return f"{found[0].setting}, seed {seed}; the lines are AGR's cosine (GICS)."
 
 
 def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:

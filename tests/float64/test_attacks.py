@@ -65,7 +65,9 @@ def test_apgd(golden, file, norm, loss):
 
 @jax.jit
 def fab_run(step):
-    state = loop_on_device(step, (step.images, _nothing(step.images)), step.attack.steps)
+    state = loop_on_device(
+        step, (step.images, _nothing(step.images, step.labels)), step.attack.steps
+    )
     return state[1]
 
 

@@ -85,13 +85,22 @@ def take_step(golden, common):
     return take
 
 
-@pytest.mark.parametrize("agr", [True, False])
-@pytest.mark.parametrize("method", ["AT", "trades", "mart", "Avmixup"])
+@pytest.mark.parametrize(
+    ("method", "agr"),
+    [
+        *((method, True) for method in ("AT", "trades", "mart", "Avmixup")),
+        *(
+            pytest.param(method, False, marks=pytest.mark.slow)
+            for method in ("AT", "trades", "mart", "Avmixup")
+        ),
+    ],
+)
 def test_step(take_step, names, method, agr):
     result, z = take_step(method, agr=agr)
     check(step_errors(result, z, "agr64_" if agr else "base64_", names))
 
 
+@pytest.mark.slow
 def test_awp_baseline(take_step, names):
     result, z = take_step("awp", agr=False)
     check(step_errors(result, z, "base64_", names))
@@ -101,7 +110,10 @@ def test_awp_baseline(take_step, names):
 @pytest.mark.parametrize(
     ("clean_gradient_at", "key", "forward"),
     # The stored clean pass is that at w.
-    [("unperturbed", "cleanw64_", "agr64_"), ("perturbed", "cleanwv64_", "")],
+    [
+        ("unperturbed", "cleanw64_", "agr64_"),
+        pytest.param("perturbed", "cleanwv64_", "", marks=pytest.mark.slow),
+    ],
 )
 def test_awp_with_agr(take_step, names, clean_gradient_at, key, forward):
     result, z = take_step("awp", agr=True, clean_gradient_at=clean_gradient_at)
