@@ -78,7 +78,5 @@ def test_own_images_train(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["plain", "linen", "nnx", "equinox"])
 def test_any_classifier_is_attacked(kind, capsys):
-    if kind == "equinox":
-        pytest.importorskip("equinox")
     own_classifier.main(kind)
     assert "AutoAttack, Linf epsilon 0.01, 20 images" in capsys.readouterr().out

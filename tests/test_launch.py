@@ -184,9 +184,8 @@ def test_evaluation_has_a_row_for_the_average(undisturbed_awp_on_trades):
     assert epochs[1] == epochs[3] == "8"
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_cleanly(undisturbed, tmp_path, number):
     folder = tmp_path / "stopped"
     process = start_and_wait_for_checkpoint(SMALL, folder)

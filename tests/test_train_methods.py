@@ -155,17 +155,14 @@ def assert_same_diagnostics(left, right):
     assert_bit_identical(*({k: np.asarray(v) for k, v in d.items()} for d in (ours, theirs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stop_at"),
     [
-        # The last ones keep the most from step to step.
-        *(
-            pytest.param(name, 2, marks=pytest.mark.slow)
-            for name in ("trades", "mart", "awp", "standard")
-        ),
-        ("avmixup", 2),
-        pytest.param("awp_on_trades", 3, marks=pytest.mark.slow),
-        pytest.param("awp_on_trades", 6, marks=pytest.mark.slow),
+        *((name, 2) for name in ("trades", "mart", "awp", "avmixup", "standard")),
+        # The one that keeps the most from step to step.
+        ("awp_on_trades", 3),
+        ("awp_on_trades", 6),
     ],
 )
 def test_stopped_and_continued_equals_undisturbed(finished, tmp_path, monkeypatch, name, stop_at):
@@ -183,6 +180,7 @@ def test_stopped_and_continued_equals_undisturbed(finished, tmp_path, monkeypatc
         assert_same_diagnostics(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_weights_are_perturbed_from_the_start_epoch_on(finished):
     """Measured after the first update with perturbed weights: the records of an epoch before."""
     method, overrides = RUNS["awp_on_trades"]

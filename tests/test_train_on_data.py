@@ -79,15 +79,9 @@ def own_cache(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
+@pytest.mark.slow
 @needs_shared
-@pytest.mark.parametrize(
-    "name",
-    [
-        "cifar10",
-        pytest.param("cifar100", marks=pytest.mark.slow),
-        pytest.param("tiny_imagenet", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
 def test_every_place_gives_the_same_run(places, tmp_path, capsys, name):
     runs = {}
     for place in ("folder", "archive", "prepared"):

@@ -88,7 +88,8 @@ def take_step(golden, common):
 @pytest.mark.parametrize(
     ("method", "agr"),
     [
-        *((method, True) for method in ("AT", "trades", "mart", "Avmixup")),
+        *((method, True) for method in ("trades", "mart", "Avmixup")),
+        pytest.param("AT", True, marks=pytest.mark.slow),  # three steps of it are below
         *(
             pytest.param(method, False, marks=pytest.mark.slow)
             for method in ("AT", "trades", "mart", "Avmixup")
