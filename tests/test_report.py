@@ -238,6 +238,31 @@ def test_figure_3_shows_the_mean_over_seeds(made):
     assert caption.endswith("last epoch, mean of up to 2 seeds.")
 
 
+def test_runs_of_one_seed_are_no_repetitions(made):
+    made_run(made, "at-0-again", "off", seed=0, accuracy=0.9)
+    found = section(rendered(made)[0], "Table 1: accuracy without and with AGR")
+    rows = [line.split(" of ")[0] for line in found.splitlines() if line.startswith("| AT | ")]
+    assert rows == ["| AT | 50.00", "| AT | 90.00", "| AT | 52.00"]
+    assert "| at-0-again |" in found
+
+
+def test_a_run_with_diagnostics_does_not_count_beside_its_twin(made):
+    folder = made_run(made, "at-0-diagnosed", "off", seed=0, accuracy=0.9)
+    for path in (folder / "config.json", folder / "evaluations/last-first1000.json"):
+        path.write_text(path.read_text().replace('"diagnostics": false', '"diagnostics": true'))
+    assert "| AT | 51.00 ±" in rendered(made)[0]
+
+
+def test_figure_6_goes_on_from_the_base(made):
+    shutil.rmtree(made / "agr-0")
+    made_run(made, "branch", "agr", base=str(made / "at-0"))
+    axes, caption = drawn(made, "figure6")
+    epochs = {line.get_label(): line.get_xdata() for line in axes.lines}
+    assert set(epochs) == {"AT + AGR, clean", "AT + AGR, adversarial"}
+    assert list(epochs["AT + AGR, clean"]) == [*range(1, 61), *range(1, 61)]  # made ones have 60
+    assert caption.endswith("seed 0.")
+
+
 def test_figure_7_shows_branches_of_one_base(made):
     made_run(made, "tau-0.9-1", "tau_0.9", seed=1, accuracy=0.9)
     axes, caption = drawn(made, "figure7")

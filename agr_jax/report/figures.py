@@ -75,7 +75,7 @@ def _cosines(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         axes.plot(steps, smooth, label=measured.names[leaf], linewidth=1.2, **_look(index))
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set(xlabel="training step", ylabel="cosine of clean and adversarial gradient")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", ncols=3, loc="outside upper center")
     return f"{run.title}, {run.setting}, run {run.name}; running mean over {window} steps."
 
 
@@ -85,6 +85,7 @@ def _bars(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     ]
     if not wanted:
         return None
+    wanted.sort(key=lambda run: (run.method, run.arm != "off", run.name))
     attacks = [a for a in ("clean", "pgd20", "spsa") if any(a in run.attacks for run in wanted)]
     by_title: dict[str, list[RunRecord]] = {}
     for run in wanted:
@@ -163,22 +164,35 @@ def _landscape(figure: Any, runs: Sequence[RunRecord]) -> str | None:
 
 
 def _losses(figure: Any, runs: Sequence[RunRecord]) -> str | None:
-    found = [run for run in runs if run.method == "at" and run.metrics]
-    found = [run for run in found if run.arm in ("off", "agr")]
+    found = [r for r in complete(runs) if r.method == "at" and r.arm in ("off", "agr")]
     if not found:
         return None
+    # One seed and setting; a branch goes on from the curve of its base.
+    found = [r for r in found if (r.setting, r.config.seed) == _first_seed(found)]
+    found.sort(key=lambda run: run.arm != "off")
+    by_name = {run.name: run for run in runs}
     axes = figure.add_subplot()
-    for index, run in enumerate(found[:6]):
-        colour = COLOURS[index % len(COLOURS)]
+    for index, run in enumerate(found):
+        epochs = [*(by_name[run.base].metrics if run.base in by_name else ()), *run.metrics]
         for kind, style in (("clean", "--"), ("adversarial", "-")):
-            points = [(m["epoch"], m[f"{kind}_loss"]) for m in run.metrics if f"{kind}_loss" in m]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), style, color=colour, label=f"{run.name}, {kind}"
-                )
+            points = [(m["epoch"], m[f"{kind}_loss"]) for m in epochs if f"{kind}_loss" in m]
+            axes.plot(
+                [epoch for epoch, _ in points],
+                [loss for _, loss in points],
+                style,
+                color=COLOURS[index % len(COLOURS)],
+                label=f"{run.title}, {kind}",
+            )
     axes.set(xlabel="epoch", ylabel="training loss, nats")
-    axes.legend(fontsize="x-small")
-    return f"Mean over each epoch's batches, augmented, in training mode; {found[0].setting}."
+    axes.legend(fontsize="small")
+    return (
+        "Mean over each epoch's batches, augmented, in training mode; "
+        f"{found[0].setting}, seed {found[0].config.seed}."
+    )
+
+
+def _first_seed(runs: Sequence[RunRecord]) -> tuple[str, int]:
+    return min((run.setting, run.config.seed) for run in runs)
 
 
 def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
@@ -213,16 +227,22 @@ def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
 
 def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found: dict[str, RunRecord] = {}
-    for run in runs:
-        if run.metrics and run.arm in ("off", "agr") and "diagnosed" not in run.name:
+    for run in sorted(runs, key=lambda run: (run.method, run.arm != "off")):
+        if run.metrics and run.arm in ("off", "agr") and not run.config.diagnostics:
             found.setdefault(run.title, run)
     if not found:
         return None
     titles = list(found)
-    seconds = [float(np.median([m["seconds"] for m in r.metrics])) for r in found.values()]
+    # The first epoch of a start compiles.
+    seconds = [
+        float(np.median([m["seconds"] for m in r.metrics[1:] or r.metrics])) for r in found.values()
+    ]
     memory = [max(m.get("peak_memory_mb", np.nan) for m in r.metrics) for r in found.values()]
-    quantities = (("seconds an epoch, median", seconds), ("peak memory, MB", memory))
-    for place, (label, values) in enumerate(quantities, 1):
+    quantities = (
+        ("seconds an epoch, median", "%.3g", seconds),
+        ("peak memory, MB", "%.0f", memory),
+    )
+    for place, (label, digits, values) in enumerate(quantities, 1):
         axes = figure.add_subplot(1, 2, place)
         axes.set(xlabel=label)
         if not np.isfinite(values).any():
@@ -230,9 +250,10 @@ def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
             axes.set(xticks=[], yticks=[])
             continue
         bars = axes.barh(titles, values, color=COLOURS[place - 1])
-        axes.bar_label(bars, fmt="%.0f", fontsize="x-small", padding=2)
+        axes.bar_label(bars, fmt=digits, fontsize="x-small", padding=2)
         axes.margins(x=0.15)
         axes.invert_yaxis()
+        axes.tick_params(labelleft=place == 1)
     return (
         "As the runs recorded them, other work on the machine included; on CPU the memory is that "
         f"of the whole process. {next(iter(found.values())).setting}."

@@ -101,6 +101,11 @@ class RunRecord:
         return self.epochs >= self.config.epochs
 
     @property
+    def base(self) -> str:
+        """Name of the run that it branches from, or nothing."""
+        return self.config.init_from.rstrip("/").rpartition("/")[2]
+
+    @property
     def method(self) -> str:
         """The training method; AWP is one."""
         return "awp" if self.config.awp.enabled else self.config.method

@@ -31,9 +31,15 @@ _Key = tuple[str, str, str, str]  # setting, data set, method, arm
 
 
 def complete(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Finished runs that are no base of others."""
-    bases = {str(run.config.init_from).rstrip("/").rpartition("/")[2] for run in runs}
-    return [run for run in runs if run.finished and run.name not in bases]
+    """Finished runs that are no base of others, nor, beside the same without, for diagnostics."""
+    bases = {run.base for run in runs}
+    found = [run for run in runs if run.finished and run.name not in bases]
+    plain = {_identity(run) for run in found if not run.config.diagnostics}
+    return [run for run in found if not run.config.diagnostics or _identity(run) not in plain]
+
+
+def _identity(run: RunRecord) -> tuple[str, str, int]:
+    return run.setting, run.title, run.config.seed
 
 
 def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
@@ -52,15 +58,17 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
         for key, group in groups.items()
         if _at_the_papers_scale(group[0])
     }
-    settings = sorted({key[0] for key in groups})
-    for setting in settings:
+    for setting in sorted({key[0] for key in groups}):
         rows = []
         for (of, data, method, arm), group in sorted(groups.items(), key=_by_method_and_arm):
-            if of == setting and any(c in run.attacks for c in _measured(columns) for run in group):
-                rows.append(_row(name, data, method, arm, group))
+            attacks = {attack for run in group for attack in run.attacks}
+            if of == setting and attacks & set(_measured(columns)) - {"clean"}:
+                rows += [_row(name, data, method, arm, part) for part in _repetitions(group)]
         if rows:
             head = ("", *(_title(c) for c in columns), *_extra_titles(name), "runs")
             blocks += [f"**{setting}**", Table(head, tuple(rows))]
+    if not blocks:
+        blocks.append("No run in this folder belongs to this table.")
     missing = _missing(name, present)
     if missing:
         blocks.append(
@@ -73,8 +81,6 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
                 missing,
             )
         )
-    if not settings:
-        blocks.insert(0, "No run in this folder belongs to this table.")
     note = (
         "Accuracy in percent, last epoch; ± is the standard deviation over runs (seeds). "
         "The paper's number stands in brackets where it is known here. Device-hours: operations at "
@@ -82,6 +88,12 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
     )
     blocks.append(note)
     return blocks
+
+
+def _repetitions(group: Sequence[RunRecord]) -> list[Sequence[RunRecord]]:
+    """The runs of a row: all, if each has a seed of its own, or else each apart."""
+    distinct = len({run.config.seed for run in group}) == len(group)
+    return [group] if distinct else [[run] for run in group]
 
 
 def _measured(columns: Sequence[str]) -> tuple[str, ...]:
@@ -103,7 +115,7 @@ def _row(
         cells.append(_cell(found, mark, paper.get(column)))
     extra = [_gop_frequency(group)] if name == "table3" else []
     title = f"{METHOD_TITLES.get(method, method)} {arm_title(arm)}".strip()
-    return (title, *cells, *extra, str(len(group)))
+    return (title, *cells, *extra, str(len(group)) if len(group) > 1 else group[0].name)
 
 
 def _cell(found: Sequence[Found], mark: str, paper: float | None) -> str:
@@ -189,9 +201,8 @@ def agr_small(runs: Sequence[RunRecord]) -> list[str | Table]:
     """
     families: dict[str, dict[str, RunRecord]] = collections.defaultdict(dict)
     for run in complete(runs):
-        base = run.config.init_from.rstrip("/").rpartition("/")[2]
-        if base and run.method == "at":
-            families[base][run.arm] = run
+        if run.base and run.method == "at":
+            families[run.base][run.arm] = run
     families = {base: arms for base, arms in families.items() if "clip" in arms}
     if not families:
         return ["No base in this folder has a branch AT + clip, the control."]
