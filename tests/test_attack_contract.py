@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agr_jax import losses, mesh
-from agr_jax.attacks import apgd, autoattack, cw_inf, fab, fgsm, ifgsm, pgd, spsa, square
+from agr_jax.attacks import apgd, autoattack, cw_inf, fab, fgsm, ifgsm, mim, pgd, spsa, square
 from agr_jax.threat import L1, L2, Linf
 
 THREATS = {"Linf": Linf(0.06), "L2": L2(0.3), "L1": L1(2.0)}
@@ -18,6 +18,7 @@ ATTACKS = {
     "pgd": lambda threat: pgd(threat, steps=5),
     "restarts": lambda threat: pgd(threat, steps=3, restarts=3),
     "cw": lambda threat: cw_inf(threat, steps=5),
+    "mim": lambda threat: mim(threat, steps=5),
     "apgd": lambda threat: apgd(threat, steps=12, restarts=2),
     "apgd-first": lambda threat: apgd(threat, steps=12, stop_when_fooled=True),
     "apgd-margin-targets": lambda threat: apgd(

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from agr_jax import losses
-from agr_jax.attacks import APGD, FAB, FGSM, PGD, SPSA, AutoAttack, named
+from agr_jax.attacks import APGD, FAB, FGSM, PGD, SPSA, AutoAttack, cw_l2, mim, named
 from agr_jax.errors import ConfigError
 from agr_jax.threat import L1, L2, Linf
 
@@ -29,6 +29,8 @@ def test_every_documented_name():
     assert make("pgd20@l2", "l2") == PGD(L2(0.5), steps=20, step_size=2 / 255)
     assert make("pgd20@l1") == PGD(L1(12.0, sparsity=None), steps=20)
     assert make("slide20@l1") == PGD(L1(12.0, sparsity=0.99), steps=20)
+    assert make("mim10") == mim(Linf(8 / 255), steps=10)
+    assert make("cw-l2@l2") == make("cw-l2", "l2") == cw_l2(L2(0.5))
     assert make("spsa") == SPSA(Linf(8 / 255))
     assert make("spsa10").steps == 10
     assert make("autoattack@l1") == AutoAttack(L1(12.0), batch_size=100)
@@ -38,7 +40,7 @@ def test_every_documented_name():
     documented = set(re.findall(r"`([a-z0-9@<>-]+)`", named.__doc__))
     for name in documented - {"linf", "@linf", "@l2", "@l1", "table1", "table2"}:
         plain = name.replace("<n>", "20").replace("<r>", "5")
-        make(plain + "@l1" if plain.startswith("slide") else plain)
+        make(plain + {"slide": "@l1", "cw-l2": "@l2"}.get(plain[:5], ""))
     assert len(documented) > 15
 
 
@@ -55,6 +57,9 @@ def test_every_documented_name():
         "",
         "slide20",
         "ifgsm10x5",
+        "mim10x5",
+        "cw-l2",
+        "cw-l2@l1",
     ],
 )
 def test_other_names_are_refused(name):
@@ -79,6 +84,8 @@ def test_titles():
         "pgd20x5": "PGD-20 x 5",
         "pgd20@l2": "PGD-20, L2",
         "cw20": "CW-inf-20",
+        "cw-l2@l2": "CW-L2",
+        "mim10": "MIM-10",
         "autoattack": "AutoAttack",
         "autoattack-plus": "AutoAttack plus",
         "fast": "fast (not AutoAttack)",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agr_jax import losses, models
-from agr_jax.attacks import fgsm, pgd
+from agr_jax.attacks import fgsm, mim, pgd
 from agr_jax.threat import L1, L2, Linf
 
 SHAPE = (5, 4, 3, 2)
@@ -304,3 +304,56 @@ def test_a_classifier_is_a_pytree(images):
     plain = attack(lambda points: model.apply(checkpoints[0], points), images, LABELS, KEY)
     # A constant may be folded where an argument is not: the last bit, before the sign.
     assert np.mean(np.asarray(plain) != np.asarray(results[0])) < 0.02
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.3)], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_momentum_as_published(threat, momentum):
+    """Algorithm 1 of Dong et al. in float64, with the gradient of a small network written out."""
+    rng = np.random.default_rng(3)
+    hidden, out = rng.normal(size=(PIXELS, 8)), 2 * rng.normal(size=(8, 2))
+    images = rng.uniform(0, 1, SHAPE).astype(np.float32)
+    clean = images.reshape(len(images), -1).astype(np.float64)
+    labels, steps = np.asarray(LABELS), 7
+    step_size = threat.epsilon / steps
+
+    points, total = clean.copy(), np.zeros_like(clean)
+    for _ in range(steps):
+        features = np.tanh(points @ hidden)
+        logits = features @ out
+        softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        softmax[np.arange(len(labels)), labels] -= 1
+        gradient = ((softmax @ out.T) * (1 - features**2)) @ hidden.T
+        total = momentum * total + gradient / np.abs(gradient).sum(1, keepdims=True)
+        if isinstance(threat, Linf):
+            points = points + step_size * np.sign(total)
+            points = np.clip(points, clean - threat.epsilon, clean + threat.epsilon)
+        else:
+            points = points + step_size * total / np.linalg.norm(total, axis=1, keepdims=True)
+            moved = points - clean
+            length = np.linalg.norm(moved, axis=1, keepdims=True)
+            points = clean + moved * np.minimum(1, threat.epsilon / length)
+        points = np.clip(points, 0, 1)
+
+    weights = jnp.asarray(hidden, jnp.float32), jnp.asarray(out, jnp.float32)
+    network = jax.tree_util.Partial(
+        lambda w, x: jnp.tanh(x.reshape(len(x), -1) @ w[0]) @ w[1], weights
+    )
+    found = mim(threat, steps, momentum=momentum)(network, jnp.asarray(images), LABELS, KEY)
+    np.testing.assert_allclose(np.asarray(found).reshape(clean.shape), points, atol=2e-6)
+
+
+def test_momentum_changes_the_outcome_and_must_be_finite(weights, images):
+    network = jax.tree_util.Partial(
+        lambda w, x: jnp.tanh(3 * x.reshape(len(x), -1) @ w) @ jnp.ones((2, 2)).at[0, 0].set(-1),
+        weights,
+    )
+    plain, kept = (
+        pgd(Linf(0.1), 10, 0.03, random_start=False, momentum=momentum)(
+            network, images, LABELS, KEY
+        )
+        for momentum in (0.0, 1.0)
+    )
+    assert (np.asarray(plain) != np.asarray(kept)).any()
+    with pytest.raises(ValueError, match=r"PGD\.momentum must be finite and >= 0, got -1"):
+        pgd(Linf(0.1), momentum=-1)

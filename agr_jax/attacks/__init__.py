@@ -8,8 +8,9 @@ from agr_jax.attacks.attack import Attack, LogitsFn, Outcome
 from agr_jax.attacks.autoattack import AutoAttack
 from agr_jax.attacks.autoattack_checks import EvaluationWarning
 from agr_jax.attacks.autoattack_result import AutoAttackResult
+from agr_jax.attacks.carlini_wagner import CarliniWagnerL2
 from agr_jax.attacks.fab import FAB
-from agr_jax.attacks.pgd import FGSM, PGD, cw_inf, ifgsm
+from agr_jax.attacks.pgd import FGSM, PGD, cw_inf, ifgsm, mim
 from agr_jax.attacks.spsa import SPSA
 from agr_jax.attacks.square import Square
 
@@ -20,6 +21,7 @@ fab = FAB
 square = Square
 spsa = SPSA
 autoattack = AutoAttack
+cw_l2 = CarliniWagnerL2
 
 __all__ = [
     "APGD",
@@ -30,6 +32,7 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "AutoAttackResult",
+    "CarliniWagnerL2",
     "EvaluationWarning",
     "LogitsFn",
     "Outcome",
@@ -37,9 +40,11 @@ __all__ = [
     "apgd",
     "autoattack",
     "cw_inf",
+    "cw_l2",
     "fab",
     "fgsm",
     "ifgsm",
+    "mim",
     "pgd",
     "spsa",
     "square",

@@ -7,7 +7,9 @@
 | `ifgsm<n>` | n steps of epsilon / n from the image |
 | `pgd<n>`, `pgd<n>x<r>` | n steps, from r random starts; under L1 the dense gradient |
 | `slide<n>` | under L1: the sign of the largest 1 % of the gradient (SLIDE) |
+| `mim<n>` | momentum iterative method, n steps of epsilon / n from the image |
 | `cw<n>` | PGD on the margin, the "CW-inf" of adversarial training papers |
+| `cw-l2` | the L2 attack of Carlini and Wagner, 9 weights of 1,000 steps; under L2 alone |
 | `spsa`, `spsa<n>` | SPSA, n steps of Adam (100) |
 | `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t`, `square` | one attack of AutoAttack, alone |
 | `autoattack`, `autoattack-plus` | AutoAttack |
@@ -28,7 +30,8 @@ from agr_jax import losses
 from agr_jax.attacks.attack import Attack
 from agr_jax.attacks.autoattack import AutoAttack
 from agr_jax.attacks.autoattack_run import ATTACKS
-from agr_jax.attacks.pgd import FGSM, PGD, ifgsm
+from agr_jax.attacks.carlini_wagner import CarliniWagnerL2
+from agr_jax.attacks.pgd import FGSM, PGD, ifgsm, mim
 from agr_jax.attacks.spsa import SPSA
 from agr_jax.errors import ConfigError
 from agr_jax.threat import L1, L2, Linf
@@ -38,13 +41,14 @@ TABLES = {
     "table2": ("clean", "pgd20@l2", "pgd20@l1", "slide20@l1"),
 }
 _NORMS: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
+_SINGLE: dict[str, Any] = {"fgsm": FGSM, "cw-l2": CarliniWagnerL2, "spsa": SPSA}
 _VERSIONS: dict[str, Any] = {
     "autoattack": "standard",
     "autoattack-plus": "plus",
     "fast": "fast",
 }
 _ITERATIVE = re.compile(
-    r"(?P<kind>pgd|ifgsm|slide|cw)(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?"
+    r"(?P<kind>pgd|ifgsm|mim|slide|cw)(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?"
 )
 
 
@@ -63,6 +67,8 @@ def title(name: str) -> str:
         shown = plain.replace("autoattack", "AutoAttack").replace("-", " ")
     elif plain == "fast":
         shown = "fast (not AutoAttack)"
+    elif plain == "cw-l2":
+        return "CW-L2"
     elif plain.startswith("cw"):
         shown = f"CW-inf-{plain[2:]}"
     else:
@@ -91,13 +97,15 @@ def make(
     if (other or norm) not in _NORMS:
         raise _unknown(name)
     threat = _NORMS[other or norm](radii[other or norm])
-    if plain == "fgsm":
-        return FGSM(threat)
     match = _ITERATIVE.fullmatch(plain)
     if match is not None:
         return _iterative(name, match, threat, step_size if (other or norm) == norm else None)
-    if match := re.fullmatch(r"spsa([1-9]\d*)?", plain):
-        return SPSA(threat, steps=int(match[1] or 100))
+    if plain == "cw-l2" and not isinstance(threat, L2):
+        raise ConfigError(f"config.eval.attacks: {name!r} is for L2 alone: cw-l2@l2")
+    if plain in _SINGLE:
+        return _SINGLE[plain](threat)
+    if match := re.fullmatch(r"spsa([1-9]\d*)", plain):
+        return SPSA(threat, steps=int(match[1]))
     if plain in _VERSIONS:
         return AutoAttack(threat, version=_VERSIONS[plain], batch_size=batch_size)
     if plain in ATTACKS:
@@ -109,10 +117,12 @@ def _iterative(
     name: str, match: re.Match[str], threat: Linf | L2 | L1, step_size: float | None
 ) -> PGD:
     kind, steps, restarts = match["kind"], int(match["steps"]), int(match["restarts"] or 1)
-    if kind == "ifgsm" and restarts > 1:
-        raise ConfigError(f"config.eval.attacks: {name!r} starts at the image: it has no restarts")
-    if kind == "ifgsm":
-        return ifgsm(threat, steps)
+    if kind in ("ifgsm", "mim"):
+        if restarts > 1:
+            raise ConfigError(
+                f"config.eval.attacks: {name!r} starts at the image: it has no restarts"
+            )
+        return (ifgsm if kind == "ifgsm" else mim)(threat, steps)
     if kind == "slide" and not isinstance(threat, L1):
         raise ConfigError(f"config.eval.attacks: {name!r} is for L1 alone: slide{steps}@l1")
     if isinstance(threat, L1):
@@ -141,7 +151,8 @@ def _is_object(value: Any) -> bool:
 def _unknown(name: str) -> ConfigError:
     return ConfigError(
         "config.eval.attacks: must be of clean, fgsm, ifgsm<steps>, pgd<steps>, "
-        "pgd<steps>x<restarts>, slide<steps>, cw<steps>, spsa, autoattack, autoattack-plus, fast, "
-        f"{', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for another norm, table1 and table2; "
+        "pgd<steps>x<restarts>, mim<steps>, slide<steps>, cw<steps>, cw-l2, spsa, autoattack, "
+        f"autoattack-plus, fast, {', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for another "
+        f"norm, table1 and table2; "
         f"got {name!r}"
     )

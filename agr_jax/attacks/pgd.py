@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from agr_jax import losses
 from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs
-from agr_jax.threat import ThreatModel, expand, gaussian_noise, image_keys
+from agr_jax.threat import L1, ThreatModel, expand, gaussian_noise, image_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class PGD:
         box_every_step: clip to [0, 1] after every step. The published AGR code clips only the start
             and the result (`False`), so that its gradients are taken outside the box too.
         restarts: number of starts.
+        momentum: share of the sum of earlier gradients, each over its L1 norm, that a step keeps;
+            0 steps along the last gradient alone.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
     ICLR 2018.
@@ -62,6 +64,7 @@ class PGD:
     start_noise: float = 0.0
     box_every_step: bool = True
     restarts: int = 1
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -79,6 +82,8 @@ class PGD:
             raise ValueError(
                 f"PGD.targets must be 'labels' or 'clean_logits', got {self.targets!r}"
             )
+        if not 0 <= self.momentum < float("inf"):
+            raise ValueError(f"PGD.momentum must be finite and >= 0, got {self.momentum}")
         if not 0 <= self.start_noise < float("inf"):
             raise ValueError(f"PGD.start_noise must be finite and >= 0, got {self.start_noise}")
         if self.random_start and self.start_noise:
@@ -142,6 +147,18 @@ def ifgsm(threat: ThreatModel, steps: int = 10) -> PGD:
     Source: Kurakin et al., "Adversarial examples in the physical world", ICLR workshop 2017.
     """
     return PGD(threat, steps=steps, step_size=threat.epsilon / steps or None, random_start=False)
+
+
+def mim(
+    threat: ThreatModel, steps: int = 10, step_size: float | None = None, momentum: float = 1.0
+) -> PGD:
+    """Momentum iterative method: from the image, by default `steps` steps of `epsilon / steps`.
+
+    Source: Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, algorithm 1.
+    """
+    if step_size is None:
+        step_size = threat.epsilon / steps or None
+    return PGD(threat, steps=steps, step_size=step_size, random_start=False, momentum=momentum)
 
 
 def cw_inf(threat: ThreatModel, steps: int = 20, step_size: float | None = None) -> PGD:
@@ -208,9 +225,19 @@ def _ascend(
     def total_loss(candidates: jax.Array) -> jax.Array:
         return attack.loss(logits_fn(candidates), targets).sum()
 
-    def step(_: int, candidates: jax.Array) -> jax.Array:
-        moved = candidates + step_size * threat.ascent(jax.grad(total_loss)(candidates))
-        return threat.project(moved, images, box=attack.box_every_step)
+    def step(
+        _: int, carry: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        candidates, total = carry
+        direction = jax.grad(total_loss)(candidates)
+        if total is not None:
+            length = L1(0.0).distance(direction, jnp.zeros_like(direction))
+            total = direction = attack.momentum * total + direction / expand(
+                jnp.maximum(length, jnp.finfo(length.dtype).tiny), direction
+            )
+        moved = candidates + step_size * threat.ascent(direction)
+        return threat.project(moved, images, box=attack.box_every_step), total
 
-    adversarial = jax.lax.fori_loop(0, attack.steps, step, start)
+    total = jnp.zeros_like(start) if attack.momentum else None
+    adversarial, _ = jax.lax.fori_loop(0, attack.steps, step, (start, total))
     return jax.lax.stop_gradient(jnp.clip(adversarial, 0, 1))
