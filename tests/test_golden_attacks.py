@@ -205,7 +205,9 @@ def test_apgd_l1_from_another_radius(golden, network, file):
 
 @jax.jit
 def fab_run(step):
-    state = loop_on_device(step, (step.images, _nothing(step.images)), step.attack.steps)
+    state = loop_on_device(
+        step, (step.images, _nothing(step.images, step.labels)), step.attack.steps
+    )
     return state[1]
 
 
