@@ -155,8 +155,7 @@ def what_is_missing(sweep: Sweep, planned: PlannedRun) -> list[str]:
         return ["training", "evaluation", *evaluations, *planned.measurements]
     own = Evaluation("", planned.config.eval.attacks, planned.config.eval.examples)
     missing = [_shown(e) for e in (own, *planned.evaluations) if not _is_done(folder, planned, e)]
-    measured = (run_folder.measurements_path(folder) / f"{m}.json" for m in planned.measurements)
-    return missing + [path.stem for path in measured if not path.is_file()]
+    return missing + [m for m in planned.measurements if not _is_measured(folder, planned, m)]
 
 
 def trained_epochs(folder: Path) -> int:
@@ -216,20 +215,39 @@ def _complete(sweep: Sweep, planned: PlannedRun, missing: Sequence[str]) -> int:
             )
         print(f"\n{planned.name}\n\n{evaluate.table(records)}", flush=True)
     for name in planned.measurements:
-        if not (run_folder.measurements_path(folder) / f"{name}.json").is_file():
+        if not _is_measured(folder, planned, name):
             with run_folder.locked(folder):
                 measure.measure_run(folder, config, name, dataset=dataset, on=on)
     return 0
 
 
+def _is_measured(folder: Path, planned: PlannedRun, name: str) -> bool:
+    """Whether the last checkpoint has this measurement, of the run's last epoch."""
+    try:
+        path = run_folder.measurements_path(folder) / f"{name}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return bool(record["epoch"] == planned.config.epochs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _is_done(folder: Path, planned: PlannedRun, wanted: Evaluation) -> bool:
-    """Whether the last checkpoint has this evaluation, of the run's last epoch."""
+    """Whether the last checkpoint has this evaluation, and the average if the run keeps one."""
+    kept = ("last", "average") if planned.config.averaging.decay else ("last",)
+    return all(
+        _has(folder, planned, which, wanted)
+        for which in kept
+        if which in planned.config.eval.checkpoints
+    )
+
+
+def _has(folder: Path, planned: PlannedRun, which: str, wanted: Evaluation) -> bool:
     label = f"-{wanted.label}" if wanted.label else ""
-    for path in run_folder.evaluations_path(folder).glob(f"last{label}*.json"):
+    for path in run_folder.evaluations_path(folder).glob(f"{which}{label}*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             subset = f"-first{record['examples']}"
-            named_so = path.stem.removesuffix(subset) == f"last{label}"
+            named_so = path.stem.removesuffix(subset) == f"{which}{label}"
             fits = record["epoch"] == planned.config.epochs and named_so
             asked = wanted.examples in (0, record["examples"])
             whole = bool(wanted.examples) or not path.stem.endswith(subset)

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +264,96 @@ def test_figure_6_goes_on_from_the_base(made):
     assert caption.endswith("seed 0.")
 
 
+def without_attack(folder, attack):
+    path = folder / "evaluations/last-first1000.json"
+    record = json.loads(path.read_text())
+    del record["attacks"][attack]
+    path.write_text(json.dumps(record))
+
+
+def test_a_mean_over_fewer_runs_says_so(made):
+    without_attack(made / "agr-1", "fast")
+    row = "| AT + AGR | 53.00 ± 1.41 of 1,000 |"
+    found = section(rendered(made)[0], "Table 1: accuracy without and with AGR")
+    assert next(line for line in found.splitlines() if line.startswith(row)).endswith(
+        "52.00 (fast) of 1,000 (1 of 2 runs) | 2 |"
+    )
+
+
+def test_paired_means_say_over_how_many_bases(made):
+    for seed in (0, 1):
+        made_run(made, f"clip-{seed}", "clip", seed=seed, base=f"bases/base-{seed}")
+        made_run(made, f"branch-{seed}", "agr", seed=seed, base=f"bases/base-{seed}/checkpoints/9")
+    without_attack(made / "branch-1", "fast")
+    made_run(made, "branch-1-again", "agr", seed=1, base="bases/base-1")
+    found = section(rendered(made)[0], "AGR-small: paired comparison")
+    assert (
+        "| mean of 2 bases: AT + AGR | +0.00 ± 0.00 | +0.00 ± 0.00 | +0.00 (1 of 2 runs) |" in found
+    )
+    assert "Left out: branch-1-again, which has the base and the arm of branch-1." in found
+
+
+def test_runs_of_other_settings_are_no_repetitions(made):
+    path = made / "at-1/config.json"
+    path.write_text(path.read_text().replace('"batch_size": 128', '"batch_size": 64'))
+    found = section(rendered(made)[0], "Table 1: accuracy without and with AGR")
+    assert "| AT | 50.00 of 1,000 |" in found
+    assert "| AT | 52.00 of 1,000 |" in found
+
+
+@pytest.mark.parametrize(
+    ("changed", "arm"),
+    [
+        ({"interpolation": "fixed", "tau": 0.9}, "tau_0.9"),
+        ({"interpolation": "fixed", "tau": 0.9, "clip": "none"}, "other"),
+        ({"interpolation": "mean", "gop": False}, "other"),
+        ({"clip": "changed"}, "agr"),
+        ({"clip": "all"}, "other"),
+    ],
+)
+def test_only_the_arms_themselves_are_called_so(tmp_path, changed, arm):
+    folder = made_run(tmp_path, "run", "agr")
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["agr"].update(changed)
+    path.write_text(json.dumps(values))
+    assert read_run(folder).arm == arm
+
+
+def test_measurements_of_another_epoch_or_without_their_fields_are_named(made):
+    (made / "tau-0.5/measurements/mechanism.json").write_text("{}")
+    path = made / "tau-0.5/measurements/boundary.json"
+    path.write_text(path.read_text().replace('"epoch": 60', '"epoch": 20'))
+    runs, problems = read_runs(made)
+    assert "without batches, change" in problems["tau-0.5/measurements/mechanism.json"]
+    assert "of epoch 20" in problems["tau-0.5/measurements/boundary.json"]
+    measured = next(run for run in runs if run.name == "tau-0.5").measurements
+    assert set(measured) == {"landscape"}
+    rendered(made)
+
+
+def test_figure_1_shows_training_from_the_start(made, monkeypatch):
+    kinds = {"agr-0": 5, "at-0": 30, "at-1": 60}
+
+    def read(run):
+        if run.name not in kinds:
+            return None
+        steps = np.arange(kinds[run.name])
+        return SimpleNamespace(steps=steps, names=["a/kernel"], cosine=np.ones((len(steps), 1)))
+
+    monkeypatch.setattr(figures, "read_diagnostics", read)
+    figure = Figure()
+    assert "run at-1;" in figures._cosines(figure, read_runs(made)[0])
+
+
+def test_figure_7_shows_one_method(made):
+    for method in ("mart", "trades"):
+        made_run(made, method, "tau_0.9", method=method, accuracy=0.9)
+    axes, caption = drawn(made, "figure7")
+    assert axes.lines[0].get_xdata().tolist() == [0.5, 0.9]
+    assert caption.startswith("AT, ")
+
+
 def test_figure_7_shows_branches_of_one_base(made):
     made_run(made, "tau-0.9-1", "tau_0.9", seed=1, accuracy=0.9)
     axes, caption = drawn(made, "figure7")
@@ -450,6 +541,31 @@ def test_measurements_of_a_real_run(swept, capsys):
     with pytest.raises(ConfigError, match="measurement 'x': there are boundary, landscape"):
         measure.measure_run(base, config, "x")
     shutil.rmtree(base / "measurements")
+
+
+def test_a_sweep_wants_the_average_and_this_epoch(tmp_path):
+    """As a kill leaves a run: trained, the last checkpoint evaluated, the average not yet."""
+    planned = sweep.from_plan(agr_small.get_config("small"), tmp_path)
+    best = planned.runs[-1]
+    folder = tmp_path / best.name
+    for name in ("evaluations", "measurements"):
+        (folder / name).mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"epoch": 60}\n')
+
+    def save(name, attacks, examples=1000):
+        record = {"epoch": 60, "examples": examples, "attacks": {attack: {} for attack in attacks}}
+        (folder / f"evaluations/{name}.json").write_text(json.dumps(record))
+
+    for which in ("last", "average"):
+        assert sweep.what_is_missing(planned, best) == ["evaluation", "evaluation fast"]
+        save(which, ("clean", "pgd20"), 10_000)
+        save(f"{which}-fast-first1000", ("fast",))
+    assert sweep.what_is_missing(planned, best) == []
+    best = dataclasses.replace(best, measurements=("mechanism",))
+    (folder / "measurements/mechanism.json").write_text('{"epoch": 20}')
+    assert sweep.what_is_missing(planned, best) == ["mechanism"]
+    (folder / "measurements/mechanism.json").write_text('{"epoch": 60}')
+    assert sweep.what_is_missing(planned, best) == []
 
 
 def test_a_sweep_does_only_what_is_missing(swept, tmp_path, monkeypatch):

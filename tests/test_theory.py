@@ -85,6 +85,10 @@ def test_it_fails_without_its_conditions():
     assert combined(clean, adversarial, gop_start=None) @ clean < 0  # point 4
     tau = combined(clean, adversarial, gop_start=None, interpolation=0.9, interpolate_negative=True)
     assert tau @ clean < 0  # point 3
+    tau = combined(clean, adversarial, gop_start=None, interpolation=0.1, interpolate_negative=True)
+    assert tau @ adversarial < 0  # and for the other gradient
+    gop_alone = combined(clean, np.array([0.9, 0.1]), gics_start=None)
+    assert gop_alone @ clean > 0  # point 4: it needs no GICS
     # Point 1: along GOP's direction a curved clean loss rises for every step size.
     found = combined(clean, adversarial, clip="none", clip_norm=None)
 
@@ -115,7 +119,7 @@ def last_term(lam, n, m, delta):
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize(("n", "m"), [(8, 8), (4, 10)])
 def test_the_bound_holds_as_often_as_it_says(lam, n, m):
-    """A class of four functions on a distribution of six points: all is known exactly."""
+    """A class of four functions on a distribution of six points; complexities from 60 draws."""
     generator = np.random.default_rng(0)
     clean_losses, adversarial_losses = generator.uniform(0, 1, (2, 4, 6))
     true = lam * clean_losses.mean(1) + (1 - lam) * adversarial_losses.mean(1)
@@ -153,9 +157,26 @@ def test_mcdiarmids_differences_are_those_of_the_proof():
     samples = [list(s) for s in itertools.product((0, 1), repeat=n)]
     largest = max(abs(gap(s, [0] * n) - gap([1 - s[0], *s[1:]], [0] * n)) for s in samples)
     assert largest == pytest.approx(lam / n)
+    largest = max(abs(gap([0] * n, s) - gap([0] * n, [1 - s[0], *s[1:]])) for s in samples)
+    assert largest == pytest.approx((1 - lam) / n)
     # On the same images for both losses: 1 / n.
     largest = max(abs(gap(s, s) - gap([1 - s[0], *s[1:]], [1 - s[0], *s[1:]])) for s in samples)
     assert largest == pytest.approx(1 / n)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_the_last_term_bounds_the_deviation_from_the_mean(lam):
+    """One function of loss 0 or 1, of binomial means: D exceeds its own mean, 0, by chance alone.
+
+    The bracket beside the root, as printed, is exceeded far more often than delta allows.
+    """
+    generator = np.random.default_rng(0)
+    n, m, delta = 400, 300, 0.2
+    clean, adversarial = (generator.binomial(size, 0.5, 20_000) / size for size in (n, m))
+    gap = 0.5 - (lam * clean + (1 - lam) * adversarial)
+    bracket = lam**2 / n + (1 - lam) ** 2 / m
+    assert np.mean(gap > last_term(lam, n, m, delta)) <= delta
+    assert np.mean(gap > bracket * np.sqrt(np.log(1 / delta) / 2)) > 2 * delta
 
 
 def test_lambda_0_gives_adversarial_trainings_bound_only_with_the_bracket_under_the_root():

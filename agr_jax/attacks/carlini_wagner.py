@@ -17,7 +17,6 @@ from agr_jax.threat import L2, expand
 
 # Pixels keep this share of the way from the middle to the border, where tanh has no inverse.
 _INSIDE = 0.999999
-_NEVER = 1e10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +77,7 @@ class CarliniWagnerL2:
     def __call__(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
-        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
-
-        Args:
-            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
-            images: floats in [0, 1].
-            labels: `[batch]` integers.
-            key: not used.
-
-        Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range.
-        """
+        """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
         points, distance = self.nearest(logits_fn, images, labels)
         return jnp.where(expand(distance <= self.threat.epsilon, images), points, images)
 
@@ -110,10 +99,7 @@ class _Found(NamedTuple):
 
 
 class _Interval(NamedTuple):
-    """Of each image's weight: where the search is, the largest that failed, the least that did not.
-
-    `_NEVER` is none.
-    """
+    """Weights of each image: the next one, the largest that failed, the least that did not."""
 
     weight: jax.Array
     failed: jax.Array
@@ -123,7 +109,9 @@ class _Interval(NamedTuple):
         failed = jnp.where(success, self.failed, jnp.maximum(self.failed, self.weight))
         succeeded = jnp.where(success, jnp.minimum(self.succeeded, self.weight), self.succeeded)
         middle = (failed + succeeded) / 2
-        return _Interval(jnp.where(succeeded < _NEVER, middle, 10 * self.weight), failed, succeeded)
+        return _Interval(
+            jnp.where(succeeded < jnp.inf, middle, 10 * self.weight), failed, succeeded
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -134,14 +122,10 @@ def _nearest(
     start = jnp.arctanh(_INSIDE * (2 * images.astype(dtype) - 1))
     adam = optax.adam(attack.learning_rate)
 
-    def at(variables: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The points, their distances and margins."""
+    def objective(variables: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
         points = ((jnp.tanh(variables) + 1) / 2).astype(images.dtype)
         squared = jnp.square((points - images).astype(dtype)).sum(tuple(range(1, images.ndim)))
-        return points, squared, losses.margin(logits_fn(points), labels).astype(dtype)
-
-    def objective(variables: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
-        points, squared, margin = at(variables)
+        margin = losses.margin(logits_fn(points), labels).astype(dtype)
         hinge = jnp.maximum(attack.confidence - margin, 0)
         return (squared + weight * hinge).sum(), (points, squared, margin)
 
@@ -154,7 +138,7 @@ def _nearest(
                 variables, interval.weight
             )
             fooled = (margin > 0) & (margin >= attack.confidence)
-            distance = jnp.sqrt(squared).astype(images.dtype)
+            distance = jnp.sqrt(squared)
             nearer = fooled & (distance < found.distance)
             found = _Found(
                 jnp.where(expand(nearer, images), points, found.points),
@@ -168,8 +152,8 @@ def _nearest(
         return interval.narrowed(success), found
 
     wrong = jnp.argmax(logits_fn(images), axis=1) != labels
-    found = _Found(images, jnp.where(wrong, 0, jnp.inf).astype(images.dtype))
+    found = _Found(images, jnp.where(wrong, 0, jnp.inf).astype(dtype))
     weight = jnp.full_like(labels, attack.initial_weight, dtype)
-    interval = _Interval(weight, jnp.zeros_like(weight), jnp.full_like(weight, _NEVER))
+    interval = _Interval(weight, jnp.zeros_like(weight), jnp.full_like(weight, jnp.inf))
     _, found = lax.fori_loop(0, attack.searches, search, (interval, found))
     return lax.stop_gradient(found)

@@ -11,7 +11,7 @@ import numpy as np
 
 from agr_jax.report.page import Picture
 from agr_jax.report.paired import mean_and_deviation
-from agr_jax.report.run_records import RunRecord, read_diagnostics
+from agr_jax.report.run_records import METHOD_TITLES, RunRecord, read_diagnostics
 from agr_jax.report.tables import complete
 
 # Okabe and Ito's palette, safe for the colour-blind; line styles differ too.
@@ -62,7 +62,8 @@ def _cosines(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found = [(run, d) for run in runs if (d := read_diagnostics(run)) is not None]
     if not found:
         return None
-    run, measured = found[0]
+    # The paper's is AT from the start.
+    run, measured = min(found, key=lambda each: (each[0].arm != "off", -len(each[1].steps)))
     kernels = [i for i, name in enumerate(measured.names) if name.endswith("kernel")]
     chosen = [
         kernels[i] for i in np.unique(np.linspace(0, len(kernels) - 1, 6).round().astype(int))
@@ -85,6 +86,7 @@ def _bars(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     ]
     if not wanted:
         return None
+    wanted = [run for run in wanted if run.setting == wanted[0].setting]
     wanted.sort(key=lambda run: (run.method, run.arm != "off", run.name))
     attacks = [a for a in ("clean", "pgd20", "spsa") if any(a in run.attacks for run in wanted)]
     by_title: dict[str, list[RunRecord]] = {}
@@ -168,7 +170,7 @@ def _losses(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     if not found:
         return None
     # One seed and setting; a branch goes on from the curve of its base.
-    found = [r for r in found if (r.setting, r.config.seed) == _first_seed(found)]
+    found = [run for run in found if _family(run) == min(map(_family, found))]
     found.sort(key=lambda run: run.arm != "off")
     by_name = {run.name: run for run in runs}
     axes = figure.add_subplot()
@@ -191,18 +193,14 @@ def _losses(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     )
 
 
-def _first_seed(runs: Sequence[RunRecord]) -> tuple[str, int]:
-    return min((run.setting, run.config.seed) for run in runs)
-
-
 def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found = [r for r in complete(runs) if r.arm.startswith("tau_") and "clean" in r.attacks]
     if not found:
         return None
-    # Branches of one base: those of the seed that has most of them.
-    counts = collections.Counter(run.config.seed for run in found)
-    seed = max(sorted(counts), key=lambda seed: counts[seed])
-    found = [run for run in found if run.config.seed == seed]
+    # Branches of one base: of the setting, method and seed that has most of them.
+    counts = collections.Counter(map(_family, found))
+    family = max(sorted(counts), key=lambda family: counts[family])
+    found = [run for run in found if _family(run) == family]
     found.sort(key=lambda run: run.config.agr.tau)
     robust = "fast" if all("fast" in run.attacks for run in found) else "pgd20"
     axes = figure.add_subplot()
@@ -215,14 +213,21 @@ def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         title = {"clean": "clean", "pgd20": "PGD-20", "fast": "APGD-CE + targeted APGD"}[attack]
         axes.plot(*zip(*points, strict=True), marker=marker, label=title, **_look(index))
         for run in complete(runs):
-            same = run.method == found[0].method and run.config.seed == seed
-            if run.arm == "agr" and same and attack in run.attacks:
+            if run.arm == "agr" and _family(run) == family and attack in run.attacks:
                 value = 100 * run.attacks[attack].accuracy
                 axes.axhline(value, linewidth=0.8, alpha=0.6, **_look(index))
                 axes.annotate(f"GICS, {title}", (0.02, value), fontsize="x-small", va="bottom")
     axes.set(xlabel="tau, share of the adversarial gradient", ylabel="accuracy, %")
     axes.legend()
-    return f"{found[0].setting}, seed {seed}; the lines are AGR's cosine (GICS)."
+    first = found[0]
+    method = METHOD_TITLES.get(first.method, first.method)
+    return (
+        f"{method}, {first.setting}, seed {first.config.seed}; the lines are AGR's cosine (GICS)."
+    )
+
+
+def _family(run: RunRecord) -> tuple[str, str, int]:
+    return run.setting, run.method, run.config.seed
 
 
 def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
@@ -255,8 +260,9 @@ def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         axes.invert_yaxis()
         axes.tick_params(labelleft=place == 1)
     return (
-        "As the runs recorded them, other work on the machine included; on CPU the memory is that "
-        f"of the whole process. {next(iter(found.values())).setting}."
+        "As the runs recorded them, other work on the machine included; the memory is the "
+        "most since the process began, earlier runs of the same sweep included. "
+        f"{next(iter(found.values())).setting}."
     )
 
 

@@ -43,13 +43,19 @@ ARM_TITLES = {
 }
 
 
-# (interpolation, GOP, clipped or not) -> arm.
+# (interpolation, GOP, clipped leaves: AGR's own, all or none) -> arm.
 _ARMS = {
-    ("cosine", True, "clip"): "agr",
+    ("cosine", True, "own"): "agr",
     ("cosine", True, "none"): "agr_no_clip",
-    ("cosine", False, "clip"): "agr_no_gop",
-    ("mean", True, "clip"): "mean",
-    ("none", False, "clip"): "clip",
+    ("cosine", False, "own"): "agr_no_gop",
+    ("mean", True, "own"): "mean",
+    ("none", False, "all"): "clip",
+}
+# What a report needs of a measurement.
+_FIELDS = {
+    "boundary": {"steps", "images", "directions", "most_steps"},
+    "landscape": {"images", "filter_normalised", "raw"},
+    "mechanism": {"batches", "change"},
 }
 
 
@@ -103,7 +109,8 @@ class RunRecord:
     @property
     def base(self) -> str:
         """Name of the run that it branches from, or nothing."""
-        return self.config.init_from.rstrip("/").rpartition("/")[2]
+        path = Path(self.config.init_from)  # the run's folder, or one of its checkpoints
+        return path.parents[1].name if path.parent.name == "checkpoints" else path.name
 
     @property
     def method(self) -> str:
@@ -118,11 +125,10 @@ class RunRecord:
             return "best"
         if not agr.enabled:
             return "off"
-        if agr.interpolation == "fixed":
+        clipped = "own" if agr.clip in ("interpolated", "changed") else agr.clip
+        parts = agr.interpolation, agr.gop, clipped
+        if parts == ("fixed", True, "own"):
             return f"tau_{agr.tau:g}"
-        parts = agr.interpolation, agr.gop, "none" if agr.clip == "none" else "clip"
-        if parts == ("none", False, "clip") and agr.clip != "all":
-            return "other"
         return _ARMS.get(parts, "other")
 
     @property
@@ -201,7 +207,7 @@ def read_run(folder: Path) -> RunRecord:
     measurements = {}
     for path in sorted(run_folder.measurements_path(folder).glob("*.json")):
         measured = _read_json(path)
-        if measured is not None:
+        if measured is not None and not _unusable(path.stem, measured, last):
             measurements[path.stem] = measured
     return RunRecord(folder.name, folder, config, metrics, attacks, measurements)
 
@@ -236,7 +242,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _problems_within(record: RunRecord) -> dict[str, str]:
-    """Files of a run that cannot be read, and evaluations of another epoch."""
+    """Files of a run that cannot be read, or are of another epoch."""
     found = {}
     for folder in (
         run_folder.evaluations_path(record.folder),
@@ -246,8 +252,19 @@ def _problems_within(record: RunRecord) -> dict[str, str]:
             values = _read_json(path)
             if values is None:
                 found[f"{folder.name}/{path.name}"] = "damaged: not JSON"
-            elif path.stem.startswith("last") and values.get("epoch") != record.epochs:
-                found[f"{folder.name}/{path.name}"] = (
-                    f"of epoch {values.get('epoch')}, while the run has {record.epochs}: not used"
-                )
+                continue
+            problem = None
+            if folder.name == "measurements" or path.stem.startswith("last"):
+                problem = _unusable(path.stem, values, record.epochs)
+            if problem:
+                found[f"{folder.name}/{path.name}"] = problem
     return found
+
+
+def _unusable(name: str, values: Mapping[str, Any], epochs: int) -> str | None:
+    """Why a report leaves a file alone, if it does."""
+    if absent := sorted(_FIELDS.get(name, set()) - values.keys()):
+        return f"damaged: without {', '.join(absent)}"
+    if values.get("epoch") != epochs:
+        return f"of epoch {values.get('epoch')}, while the run has {epochs}: not used"
+    return None

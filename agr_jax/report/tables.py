@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from agr_jax.attacks import named
-from agr_jax.config import differences, to_dict
+from agr_jax.config import to_dict
 from agr_jax.report import paper_numbers
 from agr_jax.report.page import Table
 from agr_jax.report.paired import mcnemar, mean_and_deviation, percent
@@ -53,17 +54,15 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
     for run in wanted:
         groups[run.setting, run.config.data.name, run.method, run.arm].append(run)
     blocks: list[str | Table] = []
-    present = {
-        (key[1], _model_of(group), *key[2:])
-        for key, group in groups.items()
-        if _at_the_papers_scale(group[0])
-    }
+    present = set()
     for setting in sorted({key[0] for key in groups}):
         rows = []
         for (of, data, method, arm), group in sorted(groups.items(), key=_by_method_and_arm):
             attacks = {attack for run in group for attack in run.attacks}
             if of == setting and attacks & set(_measured(columns)) - {"clean"}:
                 rows += [_row(name, data, method, arm, part) for part in _repetitions(group)]
+                if _at_the_papers_scale(group[0]):
+                    present.add((data, _model_of(group), method, arm))
         if rows:
             head = ("", *(_title(c) for c in columns), *_extra_titles(name), "runs")
             blocks += [f"**{setting}**", Table(head, tuple(rows))]
@@ -91,9 +90,20 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
 
 
 def _repetitions(group: Sequence[RunRecord]) -> list[Sequence[RunRecord]]:
-    """The runs of a row: all, if each has a seed of its own, or else each apart."""
+    """The runs of a row: all, if they differ in their seeds alone, or else each apart."""
     distinct = len({run.config.seed for run in group}) == len(group)
-    return [group] if distinct else [[run] for run in group]
+    same = all(_recipe(run) == _recipe(group[0]) for run in group)
+    return [group] if distinct and same else [[run] for run in group]
+
+
+def _recipe(run: RunRecord) -> dict[str, Any]:
+    """The settings that make a run what it is, without its seed."""
+    values = to_dict(run.config)
+    for name in ("name", "seed", "init_from", "eval", "measure", "checkpoints", "diagnostics"):
+        del values[name]
+    for name in ("dir", "download", "cache", "device_budget_mb", "picture"):
+        del values["data"][name]
+    return values
 
 
 def _measured(columns: Sequence[str]) -> tuple[str, ...]:
@@ -112,20 +122,25 @@ def _row(
         if not found and column == "autoattack":
             found = [run.attacks["fast"] for run in group if "fast" in run.attacks]
             mark = " (fast)"
-        cells.append(_cell(found, mark, paper.get(column)))
+        cells.append(_cell(found, len(group), mark, paper.get(column)))
     extra = [_gop_frequency(group)] if name == "table3" else []
     title = f"{METHOD_TITLES.get(method, method)} {arm_title(arm)}".strip()
     return (title, *cells, *extra, str(len(group)) if len(group) > 1 else group[0].name)
 
 
-def _cell(found: Sequence[Found], mark: str, paper: float | None) -> str:
+def _cell(found: Sequence[Found], runs: int, mark: str, paper: float | None) -> str:
     text = "not run"
     if found:
         text = percent([one.accuracy for one in found]) + mark
         examples = {one.examples for one in found}
         if examples != {10_000}:
             text += f" of {min(examples):,}"
+        text += _of_fewer(len(found), runs)
     return text if paper is None else f"{text} [{paper:.2f}]"
+
+
+def _of_fewer(count: int, whole: int) -> str:
+    return "" if count == whole else f" ({count} of {whole} runs)"
 
 
 def _title(column: str) -> str:
@@ -133,11 +148,11 @@ def _title(column: str) -> str:
 
 
 def _extra_titles(name: str) -> tuple[str, ...]:
-    return ("leaves projected",) if name == "table3" else ()
+    return ("conflicting leaves",) if name == "table3" else ()
 
 
 def _gop_frequency(group: Sequence[RunRecord]) -> str:
-    """Share of leaves that GOP projected, or would have, over the branch's steps."""
+    """Share of leaves whose gradients conflict, which GOP projects, over the branch's steps."""
     values = []
     for run in group:
         measured = read_diagnostics(run)
@@ -200,9 +215,12 @@ def agr_small(runs: Sequence[RunRecord]) -> list[str | Table]:
     Runs belong together if they branch from the same base.
     """
     families: dict[str, dict[str, RunRecord]] = collections.defaultdict(dict)
+    repeated = []
     for run in complete(runs):
         if run.base and run.method == "at":
-            families[run.base][run.arm] = run
+            first = families[run.base].setdefault(run.arm, run)
+            if first is not run:
+                repeated.append(f"{run.name}, which has the base and the arm of {first.name}")
     families = {base: arms for base, arms in families.items() if "clip" in arms}
     if not families:
         return ["No base in this folder has a branch AT + clip, the control."]
@@ -217,6 +235,8 @@ def agr_small(runs: Sequence[RunRecord]) -> list[str | Table]:
     alone = [r for r in complete(runs) if r.arm == "best" and not r.config.init_from]
     rows += [(r.name, *(_found_cell(r, attack) for attack in attacks)) for r in alone]
     blocks: list[str | Table] = [Table(("run", *map(_title, attacks)), tuple(rows))]
+    if repeated:
+        blocks.append(f"Left out: {'; '.join(repeated)}.")
     for control in ("off", "clip"):
         differences_of = _differences(families, arms, control, attacks)
         if differences_of:
@@ -253,8 +273,13 @@ def _differences(
             cells = []
             for attack in attacks:
                 ours, theirs = (family[a].attacks.get(attack) for a in (arm, control))
-                if ours is None or theirs is None or ours.examples != theirs.examples:
+                if ours is None or theirs is None:
                     cells.append("not run")
+                    continue
+                if ours.examples != theirs.examples:
+                    cells.append(
+                        f"not comparable: {ours.examples:,} and {theirs.examples:,} images"
+                    )
                     continue
                 change = 100 * (ours.accuracy - theirs.accuracy)
                 means[attack].append(change)
@@ -262,12 +287,13 @@ def _differences(
             rows.append((f"{base}: AT {arm_title(arm)}".strip(), *cells))
         if any(len(values) > 1 for values in means.values()):
             summary = []
+            count = max(len(values) for values in means.values())
             for attack in attacks:
                 values = means.get(attack, [])
                 mean, deviation = mean_and_deviation(values) if values else (0.0, None)
                 shown = "" if deviation is None else f" ± {deviation:.2f}"
-                summary.append(f"{mean:+.2f}{shown}" if values else "not run")
-            count = max(len(values) for values in means.values())
+                fewer = _of_fewer(len(values), count)
+                summary.append(f"{mean:+.2f}{shown}{fewer}" if values else "not run")
             rows.append((f"mean of {count} bases: AT {arm_title(arm)}".strip(), *summary))
     return tuple(rows)
 
@@ -323,12 +349,3 @@ def overview(runs: Sequence[RunRecord], problems: Mapping[str, str]) -> list[str
             Table(("folder or file", "reason"), tuple(sorted(problems.items()))),
         ]
     return blocks
-
-
-def settings_that_differ(runs: Sequence[RunRecord]) -> list[str]:
-    """The config fields in which runs of a folder differ."""
-    if not runs:
-        return []
-    first = to_dict(runs[0].config)
-    names = {name for run in runs[1:] for name in differences(first, to_dict(run.config))}
-    return sorted(names)
