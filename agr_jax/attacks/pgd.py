@@ -146,7 +146,7 @@ def ifgsm(threat: ThreatModel, steps: int = 10) -> PGD:
 
     Source: Kurakin et al., "Adversarial examples in the physical world", ICLR workshop 2017.
     """
-    return PGD(threat, steps=steps, step_size=threat.epsilon / steps or None, random_start=False)
+    return mim(threat, steps, momentum=0.0)
 
 
 def mim(
