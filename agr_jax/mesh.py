@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -12,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from agr_jax.errors import ConfigError
 
 DATA_AXIS = "data"
+# How an argument lies on the devices: split along its first axis, or whole on each of them.
+ROWS, WHOLE = PartitionSpec(DATA_AXIS), PartitionSpec()
 
 
 def prepare_backend(*, deterministic: bool) -> None:
@@ -42,12 +45,30 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, WHOLE)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return NamedSharding(mesh, ROWS)
+
+
+def apart(
+    function: Callable[..., Any], mesh: Mesh | None, arguments: Sequence[PartitionSpec]
+) -> Callable[..., Any]:
+    """The function on each device's rows alone: devices do not wait for each other.
+
+    Args:
+        function: treats every row by itself; all that it returns has rows.
+        mesh: the devices; `None` leaves the function as it is.
+        arguments: `ROWS` or `WHOLE` for each of its arguments, which are pytrees.
+    """
+    if mesh is None:
+        return function
+    # Its loops start from constants, which the check takes for the same value on each device.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=tuple(arguments), out_specs=ROWS, check_vma=False
+    )
 
 
 def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:

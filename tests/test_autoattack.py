@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from test_golden_attacks import stored_images
 
 from agr_jax import mesh
 from agr_jax.attacks import EvaluationWarning, autoattack, autoattack_run, journal
-from agr_jax.attacks.autoattack_run import _batch_shapes, _pack
+from agr_jax.attacks.autoattack_run import _batch_shapes, _next_batch, _pack, _until_fooled
 from agr_jax.errors import EvaluationStateError, OtherEvaluationError
 from agr_jax.threat import L1, L2, Linf
 
@@ -155,7 +156,48 @@ def test_verdicts_do_not_depend_on_the_devices(small, undisturbed):
     np.testing.assert_allclose(result.adversarial, undisturbed.adversarial, atol=1e-5)
 
 
-@pytest.mark.parametrize("batches", [1, 4, 11])
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_devices_do_not_wait_for_each_other(small, name):
+    """Each works through its own part of a batch: the programs have no collective at all."""
+    logits_fn, images, labels = small
+    on = mesh.data_mesh(jax.devices()[:2])
+    attack = ATTACK.make(name, 5)
+    rows = images[:8], labels[:8], jax.random.split(KEY, 8)
+    rows = jax.device_put(rows, mesh.batch_sharding(on))
+    weights = jax.device_put(logits_fn, mesh.replicated(on))
+    if name == "square":
+        state = attack.begin(weights, *rows)
+        program = autoattack_run._advance_squares.lower(on, attack, weights, *rows, state, 0, 9)
+    else:
+        program = autoattack_run._unit.lower(on, attack, weights, *rows, jnp.arange(8) % 2)
+    text = program.compile().as_text()
+    assert "num_partitions=2" in text
+    collective = r"(all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
+    assert re.findall(collective, text) == []
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t"])
+def test_loops_on_device_and_from_the_host_agree(small, name):
+    """Accelerators take the one, CPUs the other."""
+    logits_fn, images, labels = small
+    on = mesh.data_mesh(jax.devices()[:2])
+    attack = ATTACK.make(name, 5)
+    rows = images[:8], labels[:8], jax.random.split(KEY, 8)
+    units = jnp.arange(8) % min(2, attack.units(5))
+    expected = autoattack_run._unit_from_host(None, attack, logits_fn, *rows, units)
+    assert 0 < expected.fooled.sum() < 8
+    for run, devices in (
+        (autoattack_run._unit, None),
+        (autoattack_run._unit, on),
+        (autoattack_run._unit_from_host, on),
+    ):
+        put = rows if devices is None else jax.device_put(rows, mesh.batch_sharding(devices))
+        outcome = run(devices, attack, logits_fn, *put, units)
+        np.testing.assert_array_equal(outcome.fooled, expected.fooled)
+        np.testing.assert_allclose(outcome.points, expected.points, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 4, 8])
 def test_killed_and_started_again(small, undisturbed, tmp_path, monkeypatch, batches):
     class KilledError(Exception):
         pass
@@ -201,7 +243,7 @@ def test_the_progress_of_another_evaluation_is_refused(small, tmp_path):
             evaluate()
     file = next(tmp_path.glob("000001-*.npz"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(EvaluationStateError, match=r"000001-apgd-ce-0\.npz is damaged.*delete it"):
+    with pytest.raises(EvaluationStateError, match=r"000001-apgd-ce\.npz is damaged.*delete it"):
         quick.evaluate(*small, KEY, folder=tmp_path, progress=False)
     (tmp_path / "identity.json").write_text("{")
     with pytest.raises(EvaluationStateError, match=r"identity\.json cannot be read"):
@@ -355,6 +397,39 @@ def test_batches_have_few_shapes():
         )
         assert all(len(rows) <= shape for rows, shape in batches)
         assert sum(shape for _, shape in batches) < count + 15
+
+
+@pytest.mark.parametrize("count", [1, 17, 48, 70, 300])
+@pytest.mark.parametrize("units", [1, 4, 9])
+def test_batches_are_filled_with_the_next_runs(count, units):
+    shapes, rng = (250, 62, 15), np.random.default_rng(count)
+    robust, done, made = np.arange(count + 30) % 7 != 3, np.zeros(count + 30, int), []
+    robust[np.flatnonzero(robust)[count:]] = False
+    initially, computed = robust.copy(), 0
+    while batch := _next_batch(robust, done, units, shapes):
+        assert len(batch.rows) == len(batch.units) <= batch.shape
+        assert robust[batch.rows].all()
+        assert (np.diff(batch.units) >= 0).all()  # the first run first
+        # Only the last batches have room.
+        assert len(batch.rows) == batch.shape or batch.units[-1] == units - 1
+        made += zip(batch.rows.tolist(), batch.units.tolist(), strict=True)
+        computed += batch.shape
+        np.add.at(done, batch.rows, 1)
+        robust &= rng.uniform(size=len(robust)) > 0.02
+    assert len(set(made)) == len(made)
+    for image in np.flatnonzero(initially):
+        ran = [unit for row, unit in made if row == image]
+        assert ran == list(range(len(ran)))
+        assert len(ran) == units or not robust[image]
+    assert computed < len(made) + 15
+
+
+def test_the_first_run_that_fools_an_image_counts():
+    rows = np.array([4, 2, 9, 4, 2, 9, 4])
+    fooled = np.array([False, True, False, True, True, False, True])
+    needed = _until_fooled(rows, fooled)
+    np.testing.assert_array_equal(needed, [True, True, True, True, False, True, False])
+    assert _until_fooled(rows, np.zeros(7, bool)).all()
 
 
 # ---- checks

@@ -204,11 +204,9 @@ def test_apgd_l1_from_another_radius(golden, network, file):
 
 
 @jax.jit
-def fab_run(step):
-    state = loop_on_device(
-        step, (step.images, _nothing(step.images, step.labels)), step.attack.steps
-    )
-    return state[1]
+def fab_run(step, logits_fn):
+    start = step.images, _nothing(step.images, step.labels)
+    return loop_on_device(step, logits_fn, start, step.attack.steps)[1]
 
 
 @by_file
@@ -225,7 +223,7 @@ def test_fab_runs(golden, network, file, norm):
             if f"{key}norm" not in stored.files:
                 continue
             targets = order[:, -rank]
-            found = fab_run(_Step(fab(threat, steps=steps), logits_fn, images, labels, targets))
+            found = fab_run(_Step(fab(threat, steps=steps), images, labels, targets), logits_fn)
             distance = np.asarray(found.distance)
             success = stored[f"{key}success"].astype(bool)
             np.testing.assert_array_equal(np.isfinite(distance), success)

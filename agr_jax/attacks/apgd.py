@@ -120,14 +120,15 @@ class APGD:
         index: jax.Array | int,
         loop: Loop = loop_on_device,
     ) -> Outcome:
-        """One run, from a random start.
+        """One run of each image, from a random start.
 
         Args:
             logits_fn: see `__call__`; a pytree.
             images: floats in [0, 1], classified correctly.
             labels: `[batch]` integers.
             keys: one per image.
-            index: in `[0, units)`, may be traced: restarts of the likeliest target come first.
+            index: which run, in `[0, units)`, one number or one for each image, may be traced:
+                restarts of the likeliest target come first.
             loop: how steps are repeated, see `agr_jax.attacks.attack`.
         """
         radii = _LARGE_RADII if self.large_radii else (1.0,)
@@ -143,7 +144,9 @@ class APGD:
         ]
         start, objective = _prepare(stages[0], logits_fn, images, labels, keys, index)
         for stage in stages:
-            result = _search(stage, objective, images, start, warm=self.large_radii, loop=loop)
+            result = _search(
+                stage, objective, logits_fn, images, start, warm=self.large_radii, loop=loop
+            )
             start = result.best_points
         return Outcome(result.points, result.fooled, result.zero_gradient)
 
@@ -207,16 +210,17 @@ class _Objective:
     """Loss, prediction and gradient at a batch of points."""
 
     attack: APGD = dataclasses.field(metadata={"static": True})
-    logits_fn: LogitsFn
     labels: jax.Array
     target_classes: jax.Array | None
-    key: jax.Array | None
+    keys: jax.Array | None
 
-    def at(self, points: jax.Array, step: jax.Array | int) -> tuple[Any, Any, Any]:
+    def at(
+        self, logits_fn: LogitsFn, points: jax.Array, step: jax.Array | int
+    ) -> tuple[Any, Any, Any]:
         """Per-image loss, whether it is misclassified, and the gradient of the loss."""
 
         def total(points: jax.Array, *key: jax.Array) -> tuple[jax.Array, Any]:
-            logits = self.logits_fn(points, *key)
+            logits = logits_fn(points, *key)
             loss = self.loss(logits).astype(points.dtype)
             return loss.sum(), (loss, jnp.argmax(logits, axis=1) != self.labels)
 
@@ -224,8 +228,8 @@ class _Objective:
         if not self.attack.draws:
             (_, (loss, wrong)), gradient = evaluate(points)
             return loss, wrong, gradient
-        assert self.key is not None
-        keys = jax.random.split(jax.random.fold_in(self.key, step), self.attack.draws)
+        assert self.keys is not None
+        keys = jax.random.split(jax.random.fold_in(self.keys[0], step), self.attack.draws)
 
         def add(summed: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
             (_, aux), gradient = evaluate(points, key)
@@ -285,18 +289,20 @@ def _prepare(
     index: jax.Array | int,
 ) -> tuple[jax.Array, _Objective]:
     """The random start, and the loss with its target classes."""
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+    index = jnp.broadcast_to(index, labels.shape)
+    keys = jax.vmap(jax.random.fold_in)(keys, index)
     start = _random_start(attack.threat, keys, images)
     classes = None
     if attack.targets:
         logits = logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
         classes = likeliest_wrong_class(logits, labels, index // attack.restarts)
-    return start, _Objective(attack, logits_fn, labels, classes, keys[0])
+    return start, _Objective(attack, labels, classes, keys)
 
 
 def _search(
     attack: APGD,
     objective: _Objective,
+    logits_fn: LogitsFn,
     images: jax.Array,
     start: jax.Array,
     *,
@@ -309,8 +315,9 @@ def _search(
     else:
         rule = Momentum(attack.threat, attack.steps, attack.rho)
     step = _Step(rule, attack.stop_when_fooled, objective, images)
-    state, zero_gradient = _begin(step, start)
-    state = loop(step, state, attack.steps, _all_fooled if attack.stop_when_fooled else None)
+    state, zero_gradient = _begin(step, logits_fn, start)
+    finished = _all_fooled if attack.stop_when_fooled else None
+    state = loop(step, logits_fn, state, attack.steps, finished)
     found = state.found
     points = jnp.where(expand(found.fooled, images), found.points, found.best_points)
     return _Result(points, found.fooled, zero_gradient, found.best_points, found.best_loss)
@@ -327,15 +334,18 @@ def _trajectory(
     *,
     warm: bool,
 ) -> Trajectory:
-    objective = _Objective(attack, logits_fn, labels, target_classes, None)
+    objective = _Objective(attack, labels, target_classes, None)
     records = []
 
-    def recorded(step: _Step, state: _State, count: int, finished: Any) -> _State:
-        state, record = lax.scan(step.recorded, state, jnp.arange(count))
+    def recorded(
+        step: _Step, logits_fn: LogitsFn, state: _State, count: int, finished: Any
+    ) -> _State:
+        one = functools.partial(step.recorded, logits_fn)
+        state, record = lax.scan(one, state, jnp.arange(count))
         records.extend(record)
         return state
 
-    result = _search(attack, objective, images, start, warm=warm, loop=recorded)
+    result = _search(attack, objective, logits_fn, images, start, warm=warm, loop=recorded)
     return Trajectory(result.best_points, result.best_loss, result.points, *records)
 
 
@@ -353,13 +363,13 @@ class _Step:
     objective: _Objective
     images: jax.Array
 
-    def __call__(self, state: _State, index: jax.Array) -> _State:
-        return self.recorded(state, index)[0]
+    def __call__(self, logits_fn: LogitsFn, state: _State, index: jax.Array) -> _State:
+        return self.recorded(logits_fn, state, index)[0]
 
-    def recorded(self, state: _State, index: jax.Array) -> tuple[_State, Any]:
+    def recorded(self, logits_fn: LogitsFn, state: _State, index: jax.Array) -> tuple[_State, Any]:
         """The next state, and what a `Trajectory` keeps of the step."""
         points, moved = self.rule.move(state.rule, self.images, state.points, state.gradient, index)
-        loss, wrong, gradient = self.objective.at(points, index + 1)
+        loss, wrong, gradient = self.objective.at(logits_fn, points, index + 1)
         found = _update(self.stop_when_fooled, state.found, points, loss, wrong, gradient)
         restart, checked = self.rule.check(moved, self.images, found, loss, index)
         back = expand(restart, self.images)
@@ -373,11 +383,11 @@ class _Step:
 
 
 @jax.jit
-def _begin(step: _Step, start: jax.Array) -> tuple[_State, jax.Array]:
+def _begin(step: _Step, logits_fn: LogitsFn, start: jax.Array) -> tuple[_State, jax.Array]:
     """The state at the start, and where the loss has no gradient there."""
     # Under L1 a start from a larger radius is pulled in; elsewhere it lies in the ball already.
     start = step.rule.threat.project(start, step.images)
-    loss, wrong, gradient = step.objective.at(start, 0)
+    loss, wrong, gradient = step.objective.at(logits_fn, start, 0)
     found = Found(start, wrong, start, loss, gradient)
     state = _State(start, gradient, found, step.rule.begin(step.images, start, loss))
     return state, ~jnp.any(flatten(gradient) != 0, axis=1)

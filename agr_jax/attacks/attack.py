@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
+
+from agr_jax import mesh
 
 LogitsFn = Callable[..., jax.Array]
 LossFn = Callable[..., jax.Array]
@@ -31,14 +35,28 @@ class Outcome(NamedTuple):
     zero_gradient: jax.Array
 
 
-Step = Callable[[Any, Any], Any]
+class Step(Protocol):
+    """What an attack repeats: a pytree whose leaves have one row for each image.
+
+    Its state is such a pytree too. The network comes apart from both: it has no rows.
+    """
+
+    def __call__(self, logits_fn: LogitsFn, state: Any, index: jax.Array) -> Any:
+        """The next state, of the same structure."""
+        ...
+
+
 Loop = Callable[..., Any]
 
 
 def loop_on_device(
-    step: Step, state: Any, count: int, finished: Callable[[Any], jax.Array] | None = None
+    step: Step,
+    logits_fn: LogitsFn,
+    state: Any,
+    count: int,
+    finished: Callable[[Any], jax.Array] | None = None,
 ) -> Any:
-    """`state = step(state, index)` for each index below `count`, or until it is finished.
+    """`state = step(logits_fn, state, index)` for each index below `count`, or until finished.
 
     One `lax.while_loop`: nothing on the host, also within `jit`.
     """
@@ -49,29 +67,44 @@ def loop_on_device(
 
     def one(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         index, state = carry
-        return index + 1, step(state, index)
+        return index + 1, step(logits_fn, state, index)
 
     return lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
 
 
 def loop_from_host(
-    step: Step, state: Any, count: int, finished: Callable[[Any], jax.Array] | None = None
+    step: Step,
+    logits_fn: LogitsFn,
+    state: Any,
+    count: int,
+    finished: Callable[[Any], jax.Array] | None = None,
+    *,
+    on: Mesh | None = None,
 ) -> Any:
-    """The same with one dispatch a step, for a `step` that is a pytree.
+    """The same with one dispatch a step.
 
     XLA's CPU compiler gives convolutions their fast form only outside of loops: there this is
     several times faster for networks that do not bring a convolution of their own.
     """
+    if on is not None:
+        # Constants of the start lie on every device; as a state they are split like the rest.
+        step, state = jax.device_put((step, state), mesh.batch_sharding(on))
     for index in range(count):
-        state = _step_once(step, state, jnp.int32(index))
+        state = _step_once(on, step, logits_fn, state, jnp.int32(index))
         if finished is not None and index % 10 == 9 and bool(finished(state)):
             break
     return state
 
 
-@jax.jit
-def _step_once(step: Step, state: Any, index: jax.Array) -> Any:
-    return step(state, index)
+@functools.partial(jax.jit, static_argnums=0)
+def _step_once(
+    on: Mesh | None, step: Step, logits_fn: LogitsFn, state: Any, index: jax.Array
+) -> Any:
+    def once(step: Step, logits_fn: LogitsFn, state: Any, index: jax.Array) -> Any:
+        return step(logits_fn, state, index)
+
+    rows, whole = mesh.ROWS, mesh.WHOLE
+    return mesh.apart(once, on, (rows, whole, rows, whole))(step, logits_fn, state, index)
 
 
 def as_pytree(logits_fn: LogitsFn) -> LogitsFn:
@@ -138,6 +171,13 @@ def _as_array(value: Any) -> Any:
 
 
 def likeliest_wrong_class(logits: jax.Array, labels: jax.Array, rank: jax.Array | int) -> jax.Array:
-    """The class with the `rank`-th largest logit (from 0) beside the label, `[batch]`."""
-    is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
-    return jnp.argsort(jnp.where(is_label, jnp.inf, logits), axis=1)[:, -2 - rank]
+    """The class with the `rank`-th largest logit (from 0) beside the label, `[batch]`.
+
+    `rank` is one number, or one for each image.
+    """
+    num_classes = logits.shape[1]
+    is_label = jax.nn.one_hot(labels, num_classes, dtype=bool)
+    by_logit = jnp.argsort(jnp.where(is_label, jnp.inf, logits), axis=1)
+    position = num_classes - 2 - jnp.broadcast_to(rank, labels.shape)
+    # A sum, not an index, which would gather from all devices.
+    return jnp.where(jax.nn.one_hot(position, num_classes, dtype=bool), by_logit, 0).sum(1)

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ class Run:
         self.attack, self.images, self.labels, self.on = attack, images, labels, on
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         self.key = key if typed else jax.random.wrap_key_data(key)
+        # The draws of a randomised network are those of its whole batch.
+        self.apart = None if attack.version == "rand" else on
         self.logits_fn = logits_fn if on is None else jax.device_put(logits_fn, mesh.replicated(on))
         self.shapes = _batch_shapes(min(attack.batch_size, len(labels)), on)
         self.adversarial = images.copy()
@@ -67,19 +69,17 @@ class Run:
         try:
             for name, one in planned.items():
                 seconds[name] = 0.0
-                for index in range(one.units(self.num_classes)):
-                    for rows, shape in _pack(np.flatnonzero(self.robust), self.shapes):
-                        unit = f"{name}-{index}"
-                        record = journal.next(unit, rows)
-                        if record is None:
-                            record = self._attack(name, one, index, rows, shape)
-                            journal.add(unit, record)
-                        seconds[name] += float(record.seconds)
-                        self._take(name, record)
-                        if bar is not None:
-                            bar.done(name, len(rows))
+                units, done = one.units(self.num_classes), np.zeros_like(self.labels)
+                while batch := _next_batch(self.robust, done, units, self.shapes):
+                    record = journal.next(name, batch.rows)
+                    if record is None:
+                        record = self._attack(name, one, batch)
+                        journal.add(name, record)
+                    np.add.at(done, batch.rows, 1)
+                    seconds[name] += float(record.seconds)
+                    self._take(name, record)
                     if bar is not None:
-                        bar.finish_unit(name)
+                        bar.done(name, len(batch.rows), int((units - done)[self.robust].sum()))
                 robust_after[name] = self.robust.copy()
         finally:
             if bar is not None:
@@ -129,7 +129,7 @@ class Run:
         """What makes two evaluations the same one."""
         threat = self.attack.threat
         return {
-            "format": 1,
+            "format": 2,
             "version": self.attack.version,
             "attacks": list(self.attack.sequence),
             "threat": f"{type(threat).__name__}({threat.epsilon!r})",
@@ -149,21 +149,26 @@ class Run:
         batch = self.images[rows], self.labels[rows], keys
         return batch if self.on is None else jax.device_put(batch, mesh.batch_sharding(self.on))
 
-    def _attack(
-        self, name: str, one: APGD | FAB | Square, index: int, rows: np.ndarray, shape: int
-    ) -> BatchRecord:
+    def _attack(self, name: str, one: APGD | FAB | Square, batch: _Batch) -> BatchRecord:
         started = time.perf_counter()
+        rows, shape = batch.rows, batch.shape
         images, labels, keys = self._put(rows, shape, name)
         if isinstance(one, Square):
             points = self._search_squares(one, rows, shape)
             zero = np.zeros(len(rows), bool)
         else:
             run = _unit_from_host if jax.default_backend() == "cpu" else _unit
-            outcome = run(one, self.logits_fn, images, labels, keys, index)
+            filled = np.pad(batch.units, (0, shape - len(rows)), mode="edge")
+            outcome = run(
+                self.apart, one, self.logits_fn, images, labels, keys, jnp.asarray(filled)
+            )
             points, zero = outcome.points, np.asarray(outcome.zero_gradient)[: len(rows)]
         # The last word has a look from outside: inside ball and box, and misclassified.
         fooled, predictions = _verify(self.attack, self.logits_fn, images, labels, points, keys)
         fooled = np.asarray(fooled)[: len(rows)]
+        # The first run that fools an image counts, as if the others had not been made.
+        needed = _until_fooled(rows, fooled)
+        fooled, zero = fooled & needed, zero & needed
         return BatchRecord(
             rows=rows,
             fooled=fooled,
@@ -183,7 +188,7 @@ class Run:
         while done < square.queries and len(left):
             until = min(done + max(done, 100), square.queries)
             state = _advance_squares(
-                square, self.logits_fn, images, labels, keys, state, done, until
+                self.apart, square, self.logits_fn, images, labels, keys, state, done, until
             )
             done = until
             points[left] = np.asarray(state.points)[: len(left)]
@@ -222,24 +227,23 @@ class _Bar:
 
     def __init__(self, run: Run, planned: dict[str, APGD | FAB | Square]) -> None:
         self._run, self._passed = run, 0
-        self._left = {
-            name: one.units(run.num_classes) * _passes(one) for name, one in planned.items()
-        }
         self._unit = {name: _passes(one) for name, one in planned.items()}
-        self._progress = Progress(run.attack.title, self._total(), unit="pass")
+        self._left = {
+            name: one.units(run.num_classes) * self._unit[name] for name, one in planned.items()
+        }
+        self._progress = Progress(run.attack.title, self._total(0), unit="pass")
 
-    def _total(self) -> int:
-        return self._passed + sum(self._left.values()) * int(self._run.robust.sum())
+    def _total(self, left_of_attack: int) -> int:
+        left_of_others = sum(self._left.values()) * int(self._run.robust.sum())
+        return self._passed + left_of_attack + left_of_others
 
-    def done(self, name: str, images: int) -> None:
-        passes = self._unit[name] * images
+    def done(self, name: str, runs: int, left: int) -> None:
+        self._left.pop(name, None)
+        passes = self._unit[name] * runs
         self._passed += passes
-        robust = self._run.robust
-        self._progress.expect(self._total(), f"{self._run.attack.title}: {name}")
-        self._progress.advance(passes, f"robust {100 * robust.mean():.2f} %")
-
-    def finish_unit(self, name: str) -> None:
-        self._left[name] -= self._unit[name]
+        total = self._total(self._unit[name] * left)
+        self._progress.expect(total, f"{self._run.attack.title}: {name}")
+        self._progress.advance(passes, f"robust {100 * self._run.robust.mean():.2f} %")
 
     def close(self) -> None:
         self._progress.close()
@@ -261,12 +265,55 @@ def _batch_shapes(batch_size: int, on: Mesh | None) -> tuple[int, ...]:
     return tuple(sorted({-(-size // devices) * devices for size in wanted}, reverse=True))
 
 
+class _Batch(NamedTuple):
+    """Runs that go to the devices together: the `units[i]`-th on image `rows[i]`."""
+
+    rows: np.ndarray
+    units: np.ndarray
+    shape: int
+
+
+def _next_batch(
+    robust: np.ndarray, done: np.ndarray, units: int, shapes: tuple[int, ...]
+) -> _Batch | None:
+    """The first run on every image that is robust, then the second; `None` when all are done.
+
+    Where the images do not fill a batch, their next runs do.
+
+    Args:
+        robust: booleans, which images are left.
+        done: integers, how many runs each of them has behind it.
+        units: how many there are.
+        shapes: of batches, largest first.
+    """
+    left = np.flatnonzero(robust & (done < units))
+    if not len(left):
+        return None
+    unit, position = np.nonzero(np.arange(units)[:, None] >= done[left])
+    of_one_unit = np.count_nonzero(unit == unit[0])
+    holding = [shape for shape in shapes if shape >= of_one_unit] or shapes[:1]
+    shape = holding[-1] if holding[-1] <= len(unit) else _shape(len(unit), shapes)
+    return _Batch(left[position[:shape]], unit[:shape], shape)
+
+
+def _until_fooled(rows: np.ndarray, fooled: np.ndarray) -> np.ndarray:
+    """Which runs come before or with the first one that fools their image."""
+    order = np.arange(len(rows))
+    first = np.full(rows.max() + 1, len(rows))
+    np.minimum.at(first, rows[fooled], order[fooled])
+    return order <= first[rows]
+
+
+def _shape(count: int, shapes: tuple[int, ...]) -> int:
+    """The smallest shape that holds all, if it leaves no room for another batch; else less."""
+    holding = [shape for shape in shapes if count <= shape < count + shapes[-1]]
+    return holding[-1] if holding else max(shape for shape in shapes if shape <= count)
+
+
 def _pack(rows: np.ndarray, shapes: tuple[int, ...]) -> Iterator[tuple[np.ndarray, int]]:
     """Cuts rows into batches of the given shapes, with little to fill up."""
     while len(rows):
-        # The smallest shape that holds all rows, if it leaves no room for another batch.
-        holding = [shape for shape in shapes if len(rows) <= shape < len(rows) + shapes[-1]]
-        shape = holding[-1] if holding else max(shape for shape in shapes if shape <= len(rows))
+        shape = _shape(len(rows), shapes)
         yield rows[:shape], shape
         rows = rows[shape:]
 
@@ -282,27 +329,32 @@ def _logits(rand: bool, logits_fn: LogitsFn, images: jax.Array, keys: jax.Array)
     return logits_fn(images, keys[0]) if rand else logits_fn(images)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _unit(
+    on: Mesh | None,
     one: APGD | FAB,
     logits_fn: LogitsFn,
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array,
-    index: jax.Array | int,
+    index: jax.Array,
 ) -> Any:
-    return one.unit(logits_fn, images, labels, keys, index)
+    return mesh.apart(one.unit, on, (mesh.WHOLE, *[mesh.ROWS] * 4))(
+        logits_fn, images, labels, keys, index
+    )
 
 
 def _unit_from_host(
+    on: Mesh | None,
     one: APGD | FAB,
     logits_fn: LogitsFn,
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array,
-    index: jax.Array | int,
+    index: jax.Array,
 ) -> Any:
-    return one.unit(logits_fn, images, labels, keys, jnp.int32(index), loop_from_host)
+    loop = functools.partial(loop_from_host, on=on)
+    return one.unit(logits_fn, images, labels, keys, index, loop)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -312,8 +364,9 @@ def _begin_squares(
     return square.begin(logits_fn, images, labels, keys)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _advance_squares(
+    on: Mesh | None,
     square: Square,
     logits_fn: LogitsFn,
     images: jax.Array,
@@ -323,7 +376,11 @@ def _advance_squares(
     first: jax.Array | int,
     last: jax.Array | int,
 ) -> SquareState:
-    return square.advance(logits_fn, images, labels, keys, state, first, last)
+    arguments = (mesh.WHOLE, *[mesh.ROWS] * 4, mesh.WHOLE, mesh.WHOLE)
+    result: SquareState = mesh.apart(square.advance, on, arguments)(
+        logits_fn, images, labels, keys, state, first, last
+    )
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -116,7 +116,7 @@ class FAB:
         index: jax.Array | int,
         loop: Loop = loop_on_device,
     ) -> Outcome:
-        """One run; see `APGD.unit`."""
+        """One run of each image; see `APGD.unit`."""
         found = _run(self, logits_fn, images, labels, keys, index, loop)
         return Outcome(
             points=jnp.where(expand(found.in_ball, images), found.points, images),
@@ -164,7 +164,8 @@ def _run(
 ) -> _Found:
     start, step = _prepare(attack, logits_fn, images, labels, keys, index)
     finished = _all_in_ball if attack.stop_when_fooled else None
-    _, found = loop(step, (start, _nothing(images, labels)), attack.steps, finished)
+    state = start, _nothing(images, labels)
+    _, found = loop(step, logits_fn, state, attack.steps, finished)
     return found
 
 
@@ -177,19 +178,18 @@ def _prepare(
     keys: jax.Array,
     index: jax.Array | int,
 ) -> tuple[jax.Array, _Step]:
-    targets = None
+    index, targets = jnp.broadcast_to(index, labels.shape), None
     if attack.targets:
         targets = likeliest_wrong_class(logits_fn(images), labels, index // attack.restarts)
     start = images
     if attack.restarts > 1:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        first = index % attack.restarts == 0
+        keys = jax.vmap(jax.random.fold_in)(keys, index)
+        first = expand(index % attack.restarts == 0, images)
         start = jnp.where(first, images, _random_start(attack.threat, keys, images))
-    return start, _Step(attack, logits_fn, images, labels, targets)
+    return start, _Step(attack, images, labels, targets)
 
 
 def _nothing(images: jax.Array, labels: jax.Array) -> _Found:
-    # Made of the labels, to lie on the same devices.
     return _Found(
         points=images,
         distance=jnp.full_like(labels, jnp.inf, images.dtype),
@@ -207,18 +207,17 @@ class _Step:
     """One step to the boundary and back."""
 
     attack: FAB = dataclasses.field(metadata={"static": True})
-    logits_fn: LogitsFn
     images: jax.Array
     labels: jax.Array
     targets: jax.Array | None
 
     def __call__(
-        self, state: tuple[jax.Array, _Found], index: jax.Array
+        self, logits_fn: LogitsFn, state: tuple[jax.Array, _Found], index: jax.Array
     ) -> tuple[jax.Array, _Found]:
         points, found = state
         attack, images, threat = self.attack, self.images, self.attack.threat
         difference, gradient = _nearest_boundary(
-            threat, self.logits_fn, points, self.labels, self.targets
+            threat, logits_fn, points, self.labels, self.targets
         )
         weights, here, flat_images = flatten(gradient), flatten(points), flatten(images)
         # The same hyperplane, seen from the iterate and from the image.
@@ -235,7 +234,7 @@ class _Step:
         ahead = (1 - alpha) * (here + attack.overshoot * step_here)
         ahead += alpha * (flat_images + attack.overshoot * step_image)
         moved = jnp.clip(ahead, 0, 1).reshape(images.shape)
-        wrong = jnp.argmax(self.logits_fn(moved), axis=1) != self.labels
+        wrong = jnp.argmax(logits_fn(moved), axis=1) != self.labels
         distance = threat.distance(moved, images)
         nearer = wrong & (distance < found.distance)
         if attack.stop_when_fooled:

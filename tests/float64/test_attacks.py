@@ -64,11 +64,9 @@ def test_apgd(golden, file, norm, loss):
 
 
 @jax.jit
-def fab_run(step):
-    state = loop_on_device(
-        step, (step.images, _nothing(step.images, step.labels)), step.attack.steps
-    )
-    return state[1]
+def fab_run(step, logits_fn):
+    start = step.images, _nothing(step.images, step.labels)
+    return loop_on_device(step, logits_fn, start, step.attack.steps)[1]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
@@ -80,8 +78,8 @@ def test_fab(golden, norm):
     checked = 0
     for rank, steps in ((2, 10), (3, 10), (2, 100)):
         key = f"{norm}_single_t{rank}_n{steps}_"
-        step = _Step(fab(threat, steps=steps), logits_fn, images, labels, order[:, -rank])
-        distance = np.asarray(fab_run(step).distance)
+        step = _Step(fab(threat, steps=steps), images, labels, order[:, -rank])
+        distance = np.asarray(fab_run(step, logits_fn).distance)
         success = stored[f"{key}success64"].astype(bool)
         np.testing.assert_array_equal(np.isfinite(distance), success)
         expected = stored[f"{key}norm64"]
