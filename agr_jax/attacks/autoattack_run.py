@@ -278,7 +278,8 @@ def _next_batch(
 ) -> _Batch | None:
     """The first run on every image that is robust, then the second; `None` when all are done.
 
-    Where the images do not fill a batch, their next runs do.
+    The next runs follow in the same batch. Where an image would be in it more than twice on
+    average, the batch is a smaller one: runs that come after a success are in vain.
 
     Args:
         robust: booleans, which images are left.
@@ -290,9 +291,11 @@ def _next_batch(
     if not len(left):
         return None
     unit, position = np.nonzero(np.arange(units)[:, None] >= done[left])
-    of_one_unit = np.count_nonzero(unit == unit[0])
-    holding = [shape for shape in shapes if shape >= of_one_unit] or shapes[:1]
-    shape = holding[-1] if holding[-1] <= len(unit) else _shape(len(unit), shapes)
+    wanted = [shape for shape in shapes if len(left) <= shape <= 2 * len(left)][-1:]
+    wanted += [shape for shape in shapes if shape <= len(left)]
+    shape = (*wanted, shapes[-1])[0]
+    if shape > len(unit):
+        shape = _shape(len(unit), shapes)
     return _Batch(left[position[:shape]], unit[:shape], shape)
 
 
