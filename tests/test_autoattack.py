@@ -14,8 +14,7 @@ from golden_networks import trained_network
 from test_golden_attacks import stored_images
 
 from agr_jax import mesh
-from agr_jax.attacks import EvaluationWarning, autoattack, autoattack_run, journal
-from agr_jax.attacks.autoattack_run import _batch_shapes, _next_batch, _pack, _until_fooled
+from agr_jax.attacks import EvaluationWarning, autoattack, autoattack_run, journal, packing
 from agr_jax.errors import EvaluationStateError, OtherEvaluationError
 from agr_jax.threat import L1, L2, Linf
 
@@ -386,12 +385,12 @@ def _with_flag(network, images, train):
 
 
 def test_batches_have_few_shapes():
-    assert _batch_shapes(250, None) == (250, 62, 15)
-    assert _batch_shapes(20, None) == (20,)
+    assert packing.batch_shapes(250, None) == (250, 62, 15)
+    assert packing.batch_shapes(20, None) == (20,)
     on = mesh.data_mesh(jax.devices()[:4])
-    assert _batch_shapes(250, on) == (252, 64, 16)
+    assert packing.batch_shapes(250, on) == (252, 64, 16)
     for count in (1, 14, 15, 16, 61, 63, 200, 249, 251, 1000):
-        batches = list(_pack(np.arange(count), (250, 62, 15)))
+        batches = list(packing.pack(np.arange(count), (250, 62, 15)))
         np.testing.assert_array_equal(
             np.concatenate([rows for rows, _ in batches]), np.arange(count)
         )
@@ -406,7 +405,7 @@ def test_batches_are_filled_with_the_next_runs(count, units):
     robust, done, made = np.arange(count + 30) % 7 != 3, np.zeros(count + 30, int), []
     robust[np.flatnonzero(robust)[count:]] = False
     initially, computed = robust.copy(), 0
-    while batch := _next_batch(robust, done, units, shapes):
+    while batch := packing.next_batch(robust, done, units, shapes):
         assert len(batch.rows) == len(batch.units) <= batch.shape
         assert robust[batch.rows].all()
         assert (np.diff(batch.units) >= 0).all()  # the first run first
@@ -427,9 +426,9 @@ def test_batches_are_filled_with_the_next_runs(count, units):
 def test_the_first_run_that_fools_an_image_counts():
     rows = np.array([4, 2, 9, 4, 2, 9, 4])
     fooled = np.array([False, True, False, True, True, False, True])
-    needed = _until_fooled(rows, fooled)
+    needed = packing.until_fooled(rows, fooled)
     np.testing.assert_array_equal(needed, [True, True, True, True, False, True, False])
-    assert _until_fooled(rows, np.zeros(7, bool)).all()
+    assert packing.until_fooled(rows, np.zeros(7, bool)).all()
 
 
 # ---- checks

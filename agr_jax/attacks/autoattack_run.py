@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 
 from agr_jax import mesh
 from agr_jax.attacks import autoattack_checks as checks
+from agr_jax.attacks import packing
 from agr_jax.attacks.apgd import APGD
 from agr_jax.attacks.attack import LogitsFn, loop_from_host
 from agr_jax.attacks.autoattack_result import AutoAttackResult
@@ -50,7 +50,7 @@ class Run:
         # The draws of a randomised network are those of its whole batch.
         self.apart = None if attack.version == "rand" else on
         self.logits_fn = logits_fn if on is None else jax.device_put(logits_fn, mesh.replicated(on))
-        self.shapes = _batch_shapes(min(attack.batch_size, len(labels)), on)
+        self.shapes = packing.batch_shapes(min(attack.batch_size, len(labels)), on)
         self.adversarial = images.copy()
         self.predictions, self.num_classes = self._clean_predictions()
         self.robust = self.predictions == labels
@@ -70,7 +70,7 @@ class Run:
             for name, one in planned.items():
                 seconds[name] = 0.0
                 units, done = one.units(self.num_classes), np.zeros_like(self.labels)
-                while batch := _next_batch(self.robust, done, units, self.shapes):
+                while batch := packing.next_batch(self.robust, done, units, self.shapes):
                     record = journal.next(name, batch.rows)
                     if record is None:
                         record = self._attack(name, one, batch)
@@ -100,7 +100,7 @@ class Run:
 
     def _clean_predictions(self) -> tuple[np.ndarray, int]:
         all_logits = []
-        for rows, shape in _pack(np.arange(len(self.labels)), self.shapes):
+        for rows, shape in packing.pack(np.arange(len(self.labels)), self.shapes):
             images, _, keys = self._put(rows, shape, "clean")
             logits = _logits(self.attack.version == "rand", self.logits_fn, images, keys)
             checks.check_logits(logits, shape)
@@ -113,7 +113,7 @@ class Run:
         return logits.argmax(1), logits.shape[1]
 
     def _messages_before(self) -> list[str]:
-        rows, shape = next(_pack(np.arange(len(self.labels)), self.shapes))
+        rows, shape = next(packing.pack(np.arange(len(self.labels)), self.shapes))
         images, _, keys = self._put(rows, shape, "clean")
         rand = self.attack.version == "rand"
         found = [
@@ -149,7 +149,7 @@ class Run:
         batch = self.images[rows], self.labels[rows], keys
         return batch if self.on is None else jax.device_put(batch, mesh.batch_sharding(self.on))
 
-    def _attack(self, name: str, one: APGD | FAB | Square, batch: _Batch) -> BatchRecord:
+    def _attack(self, name: str, one: APGD | FAB | Square, batch: packing.Batch) -> BatchRecord:
         started = time.perf_counter()
         rows, shape = batch.rows, batch.shape
         images, labels, keys = self._put(rows, shape, name)
@@ -167,7 +167,7 @@ class Run:
         fooled, predictions = _verify(self.attack, self.logits_fn, images, labels, points, keys)
         fooled = np.asarray(fooled)[: len(rows)]
         # The first run that fools an image counts, as if the others had not been made.
-        needed = _until_fooled(rows, fooled)
+        needed = packing.until_fooled(rows, fooled)
         fooled, zero = fooled & needed, zero & needed
         return BatchRecord(
             rows=rows,
@@ -256,69 +256,6 @@ def _passes(one: APGD | FAB | Square) -> int:
     if isinstance(one, FAB):
         return 4 * one.steps
     return 3 * one.steps * max(one.draws, 1)
-
-
-def _batch_shapes(batch_size: int, on: Mesh | None) -> tuple[int, ...]:
-    """The full batch, a quarter and a sixteenth of it: all that is ever compiled."""
-    devices = 1 if on is None else on.size
-    wanted = {batch_size, *(batch_size // share for share in (4, 16) if batch_size // share >= 8)}
-    return tuple(sorted({-(-size // devices) * devices for size in wanted}, reverse=True))
-
-
-class _Batch(NamedTuple):
-    """Runs that go to the devices together: the `units[i]`-th on image `rows[i]`."""
-
-    rows: np.ndarray
-    units: np.ndarray
-    shape: int
-
-
-def _next_batch(
-    robust: np.ndarray, done: np.ndarray, units: int, shapes: tuple[int, ...]
-) -> _Batch | None:
-    """The first run on every image that is robust, then the second; `None` when all are done.
-
-    The next runs follow in the same batch. Where an image would be in it more than twice on
-    average, the batch is a smaller one: runs that come after a success are in vain.
-
-    Args:
-        robust: booleans, which images are left.
-        done: integers, how many runs each of them has behind it.
-        units: how many there are.
-        shapes: of batches, largest first.
-    """
-    left = np.flatnonzero(robust & (done < units))
-    if not len(left):
-        return None
-    unit, position = np.nonzero(np.arange(units)[:, None] >= done[left])
-    wanted = [shape for shape in shapes if len(left) <= shape <= 2 * len(left)][-1:]
-    wanted += [shape for shape in shapes if shape <= len(left)]
-    shape = (*wanted, shapes[-1])[0]
-    if shape > len(unit):
-        shape = _shape(len(unit), shapes)
-    return _Batch(left[position[:shape]], unit[:shape], shape)
-
-
-def _until_fooled(rows: np.ndarray, fooled: np.ndarray) -> np.ndarray:
-    """Which runs come before or with the first one that fools their image."""
-    order = np.arange(len(rows))
-    first = np.full(rows.max() + 1, len(rows))
-    np.minimum.at(first, rows[fooled], order[fooled])
-    return order <= first[rows]
-
-
-def _shape(count: int, shapes: tuple[int, ...]) -> int:
-    """The smallest shape that holds all, if it leaves no room for another batch; else less."""
-    holding = [shape for shape in shapes if count <= shape < count + shapes[-1]]
-    return holding[-1] if holding else max(shape for shape in shapes if shape <= count)
-
-
-def _pack(rows: np.ndarray, shapes: tuple[int, ...]) -> Iterator[tuple[np.ndarray, int]]:
-    """Cuts rows into batches of the given shapes, with little to fill up."""
-    while len(rows):
-        shape = _shape(len(rows), shapes)
-        yield rows[:shape], shape
-        rows = rows[shape:]
 
 
 @jax.jit
