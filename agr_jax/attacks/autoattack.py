@@ -142,7 +142,8 @@ class AutoAttack:
             key: one JAX key, the seed of all draws.
             folder: where to keep what is done after each batch; a second call with the same
                 arguments goes on from there and ends with the same result.
-            on: devices that share each batch; by default the one that JAX uses.
+            on: devices that share each batch; by default the one that JAX uses. Each runs the
+                network on its own part of a batch: it cannot name devices itself.
             progress: show a bar, or plain lines where there is no terminal.
 
         Raises:
