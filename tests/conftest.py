@@ -17,7 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # thousands of small ones
-# Most of the tests' time is compilation, which LLVM's first level shortens by a fifth.
+# Most of the tests' time is compilation, which LLVM's first level shortens.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 flags.FLAGS.mark_as_parsed()

@@ -460,14 +460,19 @@ def test_rand_gives_the_network_a_key(small):
     logits_fn, images, labels = small
 
     def noisy(images, key):
-        return logits_fn(images) + 0.01 * jax.random.normal(key, (len(images), 5))
+        return logits_fn(images) + 0.3 * jax.random.normal(key, (len(images), 5))
 
-    attack = autoattack(Linf(0.02), version="rand")
-    result = evaluate(noisy, images[:10], labels[:10], attack)
+    attack = autoattack(L2(0.2), version="rand")
+    result = evaluate(noisy, images[:24], labels[:24], attack)
     assert result.attack.title == "AutoAttack (rand)"
     # One lucky draw is no success: a whole run, judged by fresh draws.
     assert not attack.make("apgd-ce", 5).stop_when_fooled
     assert result.robust.sum() < result.robust_after["clean"].sum()
+    # Its draws are those of the whole batch, on however many devices.
+    on = mesh.data_mesh(jax.devices()[:2])
+    spread = attack.evaluate(noisy, images[:24], labels[:24], KEY, on=on, progress=False)
+    np.testing.assert_array_equal(spread.robust, result.robust)
+    np.testing.assert_allclose(spread.adversarial, result.adversarial, atol=1e-5)
 
 
 def test_batch_dependent_logits_are_refused(small):
