@@ -286,7 +286,9 @@ def test_no_attack_goes_beyond_a_certified_bound(name):
     assert (bound > 0).sum() >= 5
 
 
-@pytest.mark.parametrize("norm", THREATS)
+@pytest.mark.parametrize(
+    "norm", [pytest.param(n, marks=[] if n == "Linf" else pytest.mark.slow) for n in THREATS]
+)
 @pytest.mark.parametrize("name", ["pgd", "apgd-first", "fab", "fab-t", "square"])
 def test_devices_share_nothing_but_the_end_of_a_loop(name, norm):
     """A batch on two devices: no image's data crosses, whatever the compiler makes of indexing."""

@@ -76,7 +76,13 @@ def trace_step(config: config_module.Config, *, clean_gradient: bool) -> dict:
     return metrics
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "paper",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in PROFILES if name != "paper"),
+    ],
+)
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_is_valid_and_its_step_traces(name, profile):
     config = from_config_dict(load(name, profile).lock())

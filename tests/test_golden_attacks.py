@@ -28,6 +28,15 @@ by_file = pytest.mark.parametrize(
         pytest.param("cnn_a", marks=pytest.mark.slow),
     ],
 )
+# The exact runs, of every norm, are in float64/test_attacks.py.
+by_norm = pytest.mark.parametrize(
+    "norm",
+    [
+        "Linf",
+        pytest.param("L2", marks=pytest.mark.slow),
+        pytest.param("L1", marks=pytest.mark.slow),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +130,7 @@ def test_l2_pgd_and_cw_masks(golden, network):
 
 
 @by_file
-@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@by_norm
 def test_apgd_runs(golden, network, file, norm):
     stored, logits_fn = golden(f"apgd_{file}.npz"), network(file)
     images, labels = images_of(stored), jnp.asarray(stored["y"])
@@ -210,7 +219,7 @@ def fab_run(step, logits_fn):
 
 
 @by_file
-@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@by_norm
 def test_fab_runs(golden, network, file, norm):
     stored, logits_fn = golden(f"fab_{file}.npz"), network(file)
     images, labels = images_of(stored), jnp.asarray(stored["y"])

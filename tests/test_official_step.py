@@ -123,8 +123,8 @@ def common(golden):
 @pytest.mark.parametrize(
     ("method", "agr"),
     [
-        # The exact test is tests/float64/test_official_step.py; here one is enough for every day.
-        pytest.param(method, agr, marks=[] if (method, agr) == ("AT", True) else pytest.mark.slow)
+        # For every day the exact test, tests/float64/test_official_step.py, is enough.
+        pytest.param(method, agr, marks=pytest.mark.slow)
         for method in NOISE
         for agr in (True, False)
     ],

@@ -108,7 +108,10 @@ def test_same_seed_same_bits_and_another_seed_other_bits(finished, tmp_path):
     assert (variables_of(tmp_path / "other")[name] != variables_of(finished)[name]).any()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6, 8])
+@pytest.mark.parametrize(
+    "stop_at",
+    [pytest.param(1, marks=pytest.mark.slow), 4, 6, pytest.param(8, marks=pytest.mark.slow)],
+)
 def test_stopped_and_continued_equals_undisturbed(finished, tmp_path, monkeypatch, stop_at):
     seen = 0
     original = train.Progress.advance
@@ -275,8 +278,10 @@ def test_verdicts_do_not_depend_on_batching_or_devices(finished):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left")],
-    ids=["orbax", "tensorstore"],
+    [
+        pytest.param(OSError(28, "No space left on device"), id="orbax", marks=pytest.mark.slow),
+        pytest.param(ValueError("RESOURCE_EXHAUSTED: No space left"), id="tensorstore"),
+    ],
 )
 def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch, error):
     folder = tmp_path / "run"

@@ -270,6 +270,7 @@ def test_a_branch_may_drop_the_average(finished, tmp_path):
     assert_bit_identical(saved(tmp_path / "branch"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_average_has_a_row_of_its_own(finished, capsys):
     folder = finished("trades", **AVERAGED)
     capsys.readouterr()
@@ -541,8 +542,9 @@ def test_ablations_do_what_their_fields_say(name):
     assert changed == (name != "paper")
 
 
-# So strong an attack that some gradients conflict from the first steps on.
-STRONG = {"attack__epsilon": 0.3, "attack__step_size": 0.15}
+# So strong an attack that some gradients conflict from the first steps on. L2 has no sign, which
+# would make large differences of rounding ones (5e-4 in the momentum, on another processor).
+STRONG = {"attack__norm": "l2", "attack__epsilon": 2.4, "attack__step_size": 1.2}
 
 
 def test_at_with_a_clip_takes_no_clean_gradient(finished):
@@ -553,9 +555,9 @@ def test_at_with_a_clip_takes_no_clean_gradient(finished):
     assert clipped[0].keys() == baseline[0].keys()
     assert not {"cosine", "projected", "clean_norm"} & clipped[1].keys()
     loss = "adversarial_loss"
-    # Two programs, whose rounding may differ; measured: 0 and 0.0035.
+    # Two programs, whose rounding may differ; measured: 0 and 3e-4.
     assert clipped[0][loss] == pytest.approx(baseline[0][loss], rel=1e-6)
-    assert clipped[1][loss] != pytest.approx(baseline[1][loss], rel=1e-3)
+    assert clipped[1][loss] != pytest.approx(baseline[1][loss], rel=1e-4)
 
 
 # ---- diagnostics
@@ -607,7 +609,7 @@ def test_diagnostics_do_not_change_the_baseline(finished):
         one, other, changed = (arrays(tree[name]) for tree in (measured, without, agr))
         rounding, change = relative_difference(one, other), relative_difference(changed, other)
         print(f"{name}: {rounding:.1e} from the run without diagnostics, {change:.1e} with AGR")
-        # Measured: 2e-9, 0 and 3e-9; with AGR 0.03, 0.06 and 0.7.
+        # Measured: 0, 0 and 4e-9; with AGR 0.03, 0.05 and 0.7.
         assert rounding <= 1e-5
         assert change >= 1e-3
 

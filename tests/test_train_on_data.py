@@ -147,7 +147,11 @@ STREAMED = {"data__device_budget_mb": 1}
 @needs_shared
 @pytest.mark.parametrize(
     ("last_batch", "with_extra"),
-    [("drop", False), pytest.param("keep", False, marks=pytest.mark.slow), ("drop", True)],
+    [
+        pytest.param("drop", False, marks=pytest.mark.slow),
+        pytest.param("keep", False, marks=pytest.mark.slow),
+        ("drop", True),
+    ],
 )
 def test_streamed_equals_on_device_bit_for_bit(
     places, extra, tmp_path, capsys, monkeypatch, last_batch, with_extra

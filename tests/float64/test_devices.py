@@ -78,8 +78,15 @@ def difference(tree, other):
     return apart / norm
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("clean_gradient", [True, False], ids=["AGR", "AT"])
+@pytest.mark.parametrize(
+    ("clean_gradient", "devices"),
+    [
+        pytest.param(True, 2, id="AGR-2"),
+        pytest.param(True, 4, id="AGR-4", marks=pytest.mark.slow),
+        pytest.param(False, 2, id="AT-2", marks=pytest.mark.slow),
+        pytest.param(False, 4, id="AT-4", marks=pytest.mark.slow),
+    ],
+)
 def test_ten_steps_agree(trained, devices, clean_gradient):
     alone, shared = trained(1, clean_gradient), trained(devices, clean_gradient)
     for (state, metrics), (other, other_metrics) in zip(alone, shared, strict=True):
@@ -106,5 +113,10 @@ def test_the_run_exercises_what_it_compares(trained, initial):
     assert 0 < projected.sum() < projected.size  # both branches of AGR
     assert all(m["adversarial_loss"] > 1.0001 * m["clean_loss"] for _, m in history)
     assert last.params["conv1"]["kernel"].dtype == jnp.float64
+
+
+@pytest.mark.slow
+def test_the_baseline_is_another_run(trained):
+    last, _ = trained(1, True)[-1]
     baseline, _ = trained(1, False)[-1]
     assert difference(baseline.params, last.params) > 1e-3

@@ -88,8 +88,12 @@ def take_step(golden, common):
 @pytest.mark.parametrize(
     ("method", "agr"),
     [
-        *((method, True) for method in ("trades", "mart", "Avmixup")),
-        pytest.param("AT", True, marks=pytest.mark.slow),  # three steps of it are below
+        ("trades", True),
+        # Three steps of AT are below; the other losses alone are in test_losses.py.
+        *(
+            pytest.param(method, True, marks=pytest.mark.slow)
+            for method in ("AT", "mart", "Avmixup")
+        ),
         *(
             pytest.param(method, False, marks=pytest.mark.slow)
             for method in ("AT", "trades", "mart", "Avmixup")
