@@ -434,6 +434,95 @@ def test_agr_small_pairs_runs_of_one_base(tmp_path):
     assert f"| mean of 2 bases: AT + AGR | {mean} |" in found.split("AT + clip of the same base")[1]
 
 
+# Correct images of 1,000, by base and arm, of runs for which every answer is yes.
+WORKING = {
+    f"base-{seed}": {"clip": 500, "agr": 505, "off": 500, "tau_0.9": 504} for seed in range(3)
+}
+WORKING["base-0"] |= dict.fromkeys(("tau_0", "tau_0.25", "tau_0.5", "tau_0.75", "mean"), 400)
+
+
+def answers_of(root, correct, *, robust=(), best=()):
+    """Makes the runs, renders them and reads the verdict.
+
+    `robust` are base, arm, attack and count of an attack whose count is another.
+    """
+    for base, arms in correct.items():
+        for arm, count in arms.items():
+            made_run(root, f"{arm}-{base[-1]}", arm, base=f"runs/{base}", mask=first(count))
+    for base, arm, attack, count in robust:
+        path = root / f"{arm}-{base[-1]}/evaluations/last-first1000.json"
+        record = json.loads(path.read_text())
+        record["attacks"][attack] = {"accuracy": count / 1000, "correct": count}
+        path.write_text(json.dumps(record))
+    for name, count in best:
+        folder = made_run(root, name, "off", mask=first(count))
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"decay": 0.0', '"decay": 0.9'))
+        evaluation = folder / "evaluations/last-first1000.json"
+        evaluation.rename(evaluation.with_name("average-first1000.json"))
+    found = section(rendered(root)[0], "AGR-small: paired comparison").split("asked", 2)[2]
+    rows = [line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith("| ")]
+    return dict(row for row in rows if len(row) == 2)
+
+
+def first(count):
+    return np.arange(1000) < count
+
+
+def test_a_verdict_of_yes(tmp_path):
+    answers = answers_of(tmp_path, WORKING, best=[("best-0", 506)])
+    assert answers["AGR works"] == "yes (all bases)"
+    assert answers["base-2: AGR against AT + clip"] == (
+        "clean +0.50, at least +0.5: yes; PGD-20 +0.50, at least -0.3: yes; "
+        "fast (not AutoAttack) +0.50, at least -0.3: yes"
+    )
+    assert answers["base-0: AGR above the front of fixed tau"] == "yes"
+    html = (tmp_path / "report/report.html").read_text()
+    assert "<strong>Differences to AT + clip of the same base</strong>" in html
+    assert "**" not in html
+    assert answers["best-0 beats every other arm"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("base", "arm", "attack", "count", "where"),
+    [
+        ("base-1", "agr", "clean", 504, "base-1: AGR against AT + clip"),
+        ("base-1", "agr", "pgd20", 496, "base-1: AGR against AT + clip"),
+        ("base-2", "agr", "fast", 496, "base-2: AGR against AT + clip"),
+        # 0.3 points lower is still allowed.
+        ("base-2", "agr", "fast", 497, None),
+    ],
+)
+def test_one_point_missed_is_a_verdict_of_no(tmp_path, base, arm, attack, count, where):
+    answers = answers_of(tmp_path, WORKING, robust=[(base, arm, attack, count)])
+    assert answers["AGR works"] == ("yes" if where is None else "no") + " (all bases)"
+    if where:
+        assert ": no" in answers[where]
+
+
+def test_a_fixed_mix_as_good_as_agr_is_named(tmp_path):
+    runs = {**WORKING, "base-0": {**WORKING["base-0"], "tau_0.5": 505, "mean": 600}}
+    answers = answers_of(tmp_path, runs, robust=[("base-0", "mean", "fast", 504)])
+    assert answers["base-0: AGR above the front of fixed tau"] == (
+        "no: fixed tau 0.5 as good or better in both"
+    )
+    assert answers["AGR works"] == "no (all bases)"
+
+
+def test_what_is_missing_decides_nothing(tmp_path):
+    runs = {base: arms for base, arms in WORKING.items() if base != "base-1"}
+    answers = answers_of(tmp_path, runs)
+    assert answers["AGR works"] == "not decided (2 of 3 bases)"
+    answers = answers_of(tmp_path / "other", {**WORKING, "base-0": {"clip": 500, "agr": 505}})
+    assert answers["base-0: AGR above the front of fixed tau"] == "not decided"
+    assert answers["AGR works"] == "not decided (all bases)"
+
+
+def test_the_best_recipe_names_what_it_does_not_beat(tmp_path):
+    answers = answers_of(tmp_path, WORKING, best=[("best-0", 505)])
+    assert answers["best-0 beats every other arm"] == "no: not agr-0, agr-1, agr-2"
+
+
 def test_figures_without_matplotlib_say_so(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text, written = rendered(made)

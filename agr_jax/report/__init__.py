@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agr_jax.metrics import write_atomically
-from agr_jax.report import figures, page, tables
+from agr_jax.report import comparison, figures, page, tables
 from agr_jax.report.run_records import RunRecord, read_runs
 
 __all__ = ["write_report"]
@@ -38,8 +38,10 @@ def write_report(root: Path, out: Path) -> list[Path]:
         if isinstance(block, page.Picture):
             pictures.append(block)
         sections.append(page.Section(title, (block,)))
-    sections.append(page.Section("AGR-small: paired comparison", tuple(tables.agr_small(runs))))
-    sections.append(page.Section("AGR-small: mechanism", tuple(tables.mechanism(runs))))
+    sections.append(
+        page.Section("AGR-small: paired comparison", tuple(comparison.comparison(runs)))
+    )
+    sections.append(page.Section("AGR-small: mechanism", tuple(comparison.mechanism(runs))))
     out.mkdir(parents=True, exist_ok=True)
     written = {
         out / "report.md": page.markdown(_TITLE, sections).encode(),

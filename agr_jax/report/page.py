@@ -35,7 +35,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it, in order; text may hold `code`."""
+    """A heading and what stands below it, in order; text may hold `code` and **bold**."""
 
     title: str
     blocks: tuple[str | Table | Picture, ...]
@@ -104,5 +104,5 @@ def _html_table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    escaped = html.escape(text)
+    escaped = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(text))
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)

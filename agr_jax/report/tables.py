@@ -1,4 +1,4 @@
-"""The paper's tables from runs, each beside the paper's own numbers, and AGR-small's comparison."""
+"""The paper's tables from runs, each beside the paper's own numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agr_jax.attacks import named
 from agr_jax.config import to_dict
 from agr_jax.report import paper_numbers
 from agr_jax.report.page import Table
-from agr_jax.report.paired import mcnemar, mean_and_deviation, percent
+from agr_jax.report.paired import percent
 from agr_jax.report.run_records import (
     DATA_TITLES,
     METHOD_TITLES,
@@ -64,7 +64,7 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
                 if _at_the_papers_scale(group[0]):
                     present.add((data, _model_of(group), method, arm))
         if rows:
-            head = ("", *(_title(c) for c in columns), *_extra_titles(name), "runs")
+            head = ("", *(named.title(c) for c in columns), *_extra_titles(name), "runs")
             blocks += [f"**{setting}**", Table(head, tuple(rows))]
     if not blocks:
         blocks.append("No run in this folder belongs to this table.")
@@ -74,7 +74,7 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
             Table(
                 (
                     "not run at the paper's scale",
-                    *(_title(c) for c in columns),
+                    *(named.title(c) for c in columns),
                     "3 seeds need about",
                 ),
                 missing,
@@ -135,16 +135,13 @@ def _cell(found: Sequence[Found], runs: int, mark: str, paper: float | None) -> 
         examples = {one.examples for one in found}
         if examples != {10_000}:
             text += f" of {min(examples):,}"
-        text += _of_fewer(len(found), runs)
+        text += of_fewer(len(found), runs)
     return text if paper is None else f"{text} [{paper:.2f}]"
 
 
-def _of_fewer(count: int, whole: int) -> str:
+def of_fewer(count: int, whole: int) -> str:
+    """What a mean says of runs that are missing."""
     return "" if count == whole else f" ({count} of {whole} runs)"
-
-
-def _title(column: str) -> str:
-    return named.title(column)
 
 
 def _extra_titles(name: str) -> tuple[str, ...]:
@@ -171,10 +168,11 @@ def _model_of(group: Sequence[RunRecord]) -> str:
 def _by_method_and_arm(item: tuple[_Key, list[RunRecord]]) -> tuple[str, int, str]:
     (_, data, method, arm), _ = item
     order = list(METHOD_TITLES)
-    return data, order.index(method) if method in order else len(order), _arm_order(arm)
+    return data, order.index(method) if method in order else len(order), arm_order(arm)
 
 
-def _arm_order(arm: str) -> str:
+def arm_order(arm: str) -> str:
+    """Sorts arms: AT, its controls, parts of AGR, fixed mixes, AGR."""
     first = ("off", "clip", "agr_no_gop", "agr_no_clip", "mean")
     return f"{first.index(arm)}" if arm in first else f"8{arm}" if arm != "agr" else "9"
 
@@ -207,125 +205,6 @@ def _at_the_papers_scale(run: RunRecord) -> bool:
     config = run.config
     whole = not config.data.train_examples and not config.model.width
     return whole and config.epochs == paper_numbers.EPOCHS
-
-
-def agr_small(runs: Sequence[RunRecord]) -> list[str | Table]:
-    """AT, its controls and AGR from the same bases: accuracies and paired differences.
-
-    Runs belong together if they branch from the same base.
-    """
-    families: dict[str, dict[str, RunRecord]] = collections.defaultdict(dict)
-    repeated = []
-    for run in complete(runs):
-        if run.base and run.method == "at":
-            first = families[run.base].setdefault(run.arm, run)
-            if first is not run:
-                repeated.append(f"{run.name}, which has the base and the arm of {first.name}")
-    families = {base: arms for base, arms in families.items() if "clip" in arms}
-    if not families:
-        return ["No base in this folder has a branch AT + clip, the control."]
-    arms = sorted({arm for family in families.values() for arm in family}, key=_arm_order)
-    attacks = ("clean", "pgd20", "fast")
-    rows = []
-    for base, family in sorted(families.items()):
-        for arm in arms:
-            if arm in family:
-                cells = (_found_cell(family[arm], attack) for attack in attacks)
-                rows.append((f"{base}: AT {arm_title(arm)}".strip(), *cells))
-    alone = [r for r in complete(runs) if r.arm == "best" and not r.config.init_from]
-    rows += [(r.name, *(_found_cell(r, attack) for attack in attacks)) for r in alone]
-    blocks: list[str | Table] = [Table(("run", *map(_title, attacks)), tuple(rows))]
-    if repeated:
-        blocks.append(f"Left out: {'; '.join(repeated)}.")
-    for control in ("off", "clip"):
-        differences_of = _differences(families, arms, control, attacks)
-        if differences_of:
-            title = f"AT {arm_title(control)}".strip()
-            blocks += [
-                f"**Differences to {title} of the same base**, points; in brackets images that "
-                "only this run, and only the control, classifies correctly, and McNemar's p.",
-                Table(("run", *map(_title, attacks)), differences_of),
-            ]
-    return blocks
-
-
-def _found_cell(run: RunRecord, attack: str) -> str:
-    if attack not in run.attacks:
-        return "not run"
-    found = run.attacks[attack]
-    return f"{100 * found.accuracy:.2f} of {found.examples:,}"
-
-
-def _differences(
-    families: Mapping[str, Mapping[str, RunRecord]],
-    arms: Sequence[str],
-    control: str,
-    attacks: Sequence[str],
-) -> tuple[tuple[str, ...], ...]:
-    rows = []
-    for arm in arms:
-        if arm == control:
-            continue
-        means: dict[str, list[float]] = collections.defaultdict(list)
-        for base, family in sorted(families.items()):
-            if arm not in family or control not in family:
-                continue
-            cells = []
-            for attack in attacks:
-                ours, theirs = (family[a].attacks.get(attack) for a in (arm, control))
-                if ours is None or theirs is None:
-                    cells.append("not run")
-                    continue
-                if ours.examples != theirs.examples:
-                    cells.append(
-                        f"not comparable: {ours.examples:,} and {theirs.examples:,} images"
-                    )
-                    continue
-                change = 100 * (ours.accuracy - theirs.accuracy)
-                means[attack].append(change)
-                cells.append(f"{change:+.2f}{_counts(ours, theirs)}")
-            rows.append((f"{base}: AT {arm_title(arm)}".strip(), *cells))
-        if any(len(values) > 1 for values in means.values()):
-            summary = []
-            count = max(len(values) for values in means.values())
-            for attack in attacks:
-                values = means.get(attack, [])
-                mean, deviation = mean_and_deviation(values) if values else (0.0, None)
-                shown = "" if deviation is None else f" ± {deviation:.2f}"
-                fewer = _of_fewer(len(values), count)
-                summary.append(f"{mean:+.2f}{shown}{fewer}" if values else "not run")
-            rows.append((f"mean of {count} bases: AT {arm_title(arm)}".strip(), *summary))
-    return tuple(rows)
-
-
-def _counts(ours: Found, theirs: Found) -> str:
-    if ours.correct is None or theirs.correct is None:
-        return ""
-    found = mcnemar(ours.correct, theirs.correct)
-    return f" ({found.gained}/{found.lost}, p {found.p_value:.2g})"
-
-
-def mechanism(runs: Sequence[RunRecord]) -> list[str | Table]:
-    """First-order changes of both losses, as `measure.mechanism` found them."""
-    measured = [run for run in runs if "mechanism" in run.measurements]
-    if not measured:
-        return ["Not measured: `--job=measure --config.measure.names=\"('mechanism',)\"`."]
-    rows = []
-    for run in measured:
-        record = run.measurements["mechanism"]
-        for way, change in record["change"].items():
-            cells = [
-                f"{change[q]['mean']:+.4f} ± {change[q]['std']:.4f}"
-                for q in ("clean", "adversarial")
-            ]
-            rows.append((f"{run.name}: {way}", *cells, f"{change['norm']['mean']:.3f}"))
-    head = ("base and gradient", "clean loss", "adversarial loss", "norm of the gradient")
-    batches = measured[0].measurements["mechanism"]["batches"]
-    note = (
-        "Change of each loss, to first order, by an update of norm 1 against the gradient; mean "
-        f"and standard deviation over {batches} batches, whose own gradients they are."
-    )
-    return [Table(head, tuple(rows)), note]
 
 
 def overview(runs: Sequence[RunRecord], problems: Mapping[str, str]) -> list[str | Table]:
