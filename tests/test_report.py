@@ -497,7 +497,7 @@ def test_one_point_missed_is_a_verdict_of_no(tmp_path, base, arm, attack, count,
     answers = answers_of(tmp_path, WORKING, robust=[(base, arm, attack, count)])
     assert answers["AGR works"] == ("yes" if where is None else "no") + " (all bases)"
     if where:
-        assert ": no" in answers[where]
+        assert answers[where].replace(": not", "").count(": no") == 1
 
 
 def test_a_fixed_mix_as_good_as_agr_is_named(tmp_path):

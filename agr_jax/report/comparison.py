@@ -151,9 +151,7 @@ def _found_cell(run: RunRecord, attack: str) -> str:
 
 
 def _differences(
-    families: Mapping[str, Mapping[str, RunRecord]],
-    arms: Sequence[str],
-    control: str,
+    families: _Families, arms: Sequence[str], control: str
 ) -> tuple[tuple[str, ...], ...]:
     rows = []
     for arm in arms:
