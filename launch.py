@@ -45,11 +45,11 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 def _with_config_of_run(argv: list[str]) -> list[str]:
     """Without --config=FILE, a run folder's own config.json is the config."""
     words = [word for argument in argv for word in argument.split("=", 1)]
-    folders = [after for word, after in itertools.pairwise(words) if word == "--workdir"]
-    of_many = any(word in ("report", "sweep") for word in words)
-    if not folders or of_many or any(a == "--config" or a.startswith("--config=") for a in argv):
+    given = dict(itertools.pairwise(words))
+    of_many = given.get("--job") in ("report", "sweep")
+    if "--workdir" not in given or of_many or "--config" in given:
         return argv
-    own = f"--config={Path(__file__).parent}/configs/from_run.py:{folders[-1]}"
+    own = f"--config={Path(__file__).parent}/configs/from_run.py:{given['--workdir']}"
     return [argv[0], own, *argv[1:]]
 
 

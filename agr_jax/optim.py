@@ -38,6 +38,16 @@ def agr(config: AGRConfig, steps_per_epoch: int) -> optax.GradientTransformation
         return agr_transform(gop_start=None, gics_start=None, clip_norm=None, clip="none")
     gop_epoch, gics_epoch = start_epochs(config)
     clip_epoch = None if config.clip_start_epoch < 0 else config.clip_start_epoch
+    if config.clip == "all" and gop_epoch is gics_epoch is clip_epoch is None:
+        raise ConfigError(
+            "config.agr.clip_start_epoch: config.agr.clip=all without GOP and interpolation needs "
+            f"the epoch from which to clip, got {config.clip_start_epoch}"
+        )
+    if config.interpolate_negative and config.interpolation not in ("mean", "fixed"):
+        raise ConfigError(
+            "config.agr.interpolate_negative: needs config.agr.interpolation=mean or fixed, got "
+            f"{config.interpolation}"
+        )
     interpolations: dict[str, Interpolation] = {
         "cosine": "cosine",
         "none": "cosine",

@@ -164,6 +164,8 @@ def test_wrong_inputs_are_named(name):
     [
         (lambda: apgd(Linf(0.1), steps=0), r"APGD\.steps .* got 0"),
         (lambda: apgd(Linf(0.1), large_radii=True), r"APGD\.large_radii is for L1"),
+        (lambda: apgd(L1(1.0), steps=2, large_radii=True), r"APGD\.steps .* radii .* got 2"),
+        (lambda: apgd(L1(1.0), steps=4, large_radii=True), r"APGD\.steps .* radii .* got 4"),
         (lambda: apgd(0.1), r"APGD\.threat must be"),
         (lambda: apgd(Linf(0.1), rho=2), r"APGD\.rho"),
         (lambda: fab(Linf(0.1), restarts=0), r"FAB\.restarts"),

@@ -189,11 +189,24 @@ def test_unknown_and_missing_fields_are_named():
     check_field_name("config.agr.clip")
 
 
-def test_agr_fields_that_contradict_each_other():
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"gop": False, "interpolation": "none", "clip": "all"},
+            r"config\.agr\.clip_start_epoch: .*got -1",
+        ),
+        (
+            {"interpolate_negative": True},
+            r"config\.agr\.interpolate_negative: .*=mean or fixed, got cosine",
+        ),
+    ],
+)
+def test_agr_fields_that_contradict_each_other(fields, message):
     values = load("digits_at")
-    values.agr.interpolate_negative = True
+    values.agr.update(fields)
     config = from_config_dict(values)
-    with pytest.raises(ConfigError, match=r"config\.agr: interpolate_negative needs"):
+    with pytest.raises(ConfigError, match=message):
         train.create_trainer(config, stand_in(config), mesh.data_mesh(jax.devices()[:1]))
 
 

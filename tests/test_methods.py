@@ -652,6 +652,13 @@ def test_weights_are_perturbed_from_the_start_epoch_on():
     assert methods.from_config(off, 5) == AdversarialTraining(DIGITS_ATTACK)
 
 
+def test_two_starts_of_an_attack_are_refused():
+    values = recipe("digits", "at", "paper")
+    values.attack.start_noise = 0.001
+    with pytest.raises(ConfigError, match=r"config\.attack\.start_noise: 0\.001 needs .*=False"):
+        methods.from_config(from_config_dict(values))
+
+
 @pytest.mark.parametrize("name", ["at", "trades", "mart", "awp", "avmixup"])
 def test_checkpoints_are_selected_under_the_same_attack(name):
     config = from_config_dict(recipe("digits", name, "paper"))

@@ -65,8 +65,8 @@ class APGD:
         >>> images, labels = jnp.full([1, 1, 1, 2], 0.5), jnp.array([0])
         >>> attack = apgd(L2(0.1), steps=20)
         >>> adversarial = attack(lambda x: x.reshape(-1, 2), images, labels, jax.random.key(0))
-        >>> adversarial.round(2).tolist()
-        [[[[0.4300000071525574, 0.5699999928474426]]]]
+        >>> [f"{pixel:.2f}" for pixel in adversarial.ravel().tolist()]
+        ['0.43', '0.57']
     """
 
     threat: Linf | L2 | L1
@@ -89,6 +89,10 @@ class APGD:
             raise ValueError(f"APGD.rho must lie in [0, 1], got {self.rho}")
         if self.large_radii and not isinstance(self.threat, L1):
             raise ValueError(f"APGD.large_radii is for L1 alone, got it with {self.threat!r}")
+        if min(self._steps_of_stages()) < 1:
+            raise ValueError(
+                f"APGD.steps must be enough for the three radii of large_radii, got {self.steps}"
+            )
 
     def __call__(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array

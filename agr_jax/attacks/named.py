@@ -151,8 +151,7 @@ def _is_object(value: Any) -> bool:
 def _unknown(name: str) -> ConfigError:
     return ConfigError(
         "config.eval.attacks: must be of clean, fgsm, ifgsm<steps>, pgd<steps>, "
-        "pgd<steps>x<restarts>, mim<steps>, slide<steps>, cw<steps>, cw-l2, spsa, autoattack, "
-        f"autoattack-plus, fast, {', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for another "
-        f"norm, table1 and table2; "
-        f"got {name!r}"
+        "pgd<steps>x<restarts>, mim<steps>, slide<steps>, cw<steps>, cw-l2, spsa, spsa<steps>, "
+        f"autoattack, autoattack-plus, fast, {', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for "
+        f"another norm, table1 and table2; got {name!r}"
     )

@@ -105,7 +105,16 @@ def _imported(config: Config) -> Method:
 
 
 def training_attack(config: AttackConfig) -> PGD:
-    """The attack inside training."""
+    """The attack inside training.
+
+    Raises:
+        ConfigError: if it is to start in two ways.
+    """
+    if config.random_start and config.start_noise:
+        raise ConfigError(
+            f"config.attack.start_noise: {config.start_noise} needs config.attack.random_start="
+            "False: an attack starts at a random point of the ball, or near the image"
+        )
     from_clean = config.objective == "kl"
     return PGD(
         threat_model(config),
