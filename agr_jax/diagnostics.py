@@ -1,14 +1,14 @@
 """What AGR measures on every parameter leaf in every step, on disk and back.
 
 A run with `config.diagnostics` has a folder `diagnostics/` of `steps-<first>-<last>.npz` files, one
-for each epoch (two where the run was stopped within one).
+for each checkpoint that was saved.
 
 Example:
     >>> from pathlib import Path
     >>> from agr_jax import diagnostics
     >>> measured = diagnostics.read(Path("runs/cifar10_at"))  # doctest: +SKIP
-    >>> measured.cosine[:, measured.names.index("linear/kernel")]  # one leaf; doctest: +SKIP
-    >>> measured.projected.mean()  # GOP frequency; doctest: +SKIP
+    >>> measured.cosine[:, measured.names.index("linear/kernel")]  # doctest: +SKIP
+    >>> measured.projected.mean()  # GOP frequency  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class DiagnosticsLog:
             names, *arrays = _read(path)
             kept = arrays[0] <= step
             if not kept.all():
-                path.unlink()
                 if kept.any():
                     _write(self._folder, LeafDiagnostics(names, *(a[kept] for a in arrays)))
+                path.unlink()  # afterwards: a kill loses nothing
 
 
 def read(run: Path) -> LeafDiagnostics:

@@ -1,7 +1,7 @@
 """The folder of one run: its lock, its config, and where everything in it lies.
 
 `config.json`, `data.json` (what was read), `first_batch.png`, `metrics.jsonl`, `checkpoints/`,
-`evaluations/*.json`, and `diagnostics/*.npz` where they were asked for.
+`evaluations/*.json`, and `measurements/*.json` and `diagnostics/*.npz` where they were asked for.
 """
 
 from __future__ import annotations
@@ -120,8 +120,7 @@ def check(folder: Path, config: Config) -> None:
     Raises:
         RunFolderError: naming the fields that differ.
     """
-    saved = checkpoints_path(folder)
-    if not (saved.is_dir() and any(child.name.isdecimal() for child in saved.iterdir())):
+    if not _has_checkpoints(folder):
         return
     if not config_path(folder).exists():
         raise RunFolderError(
@@ -143,6 +142,37 @@ def check(folder: Path, config: Config) -> None:
             f"run folder {folder} holds another run ({listed}); "
             "give another --workdir, or the same settings to continue it"
         )
+
+
+def check_data(folder: Path, digests: Mapping[str, str]) -> None:
+    """Refuses to continue a run with other images than it was trained on.
+
+    Args:
+        folder: the run folder.
+        digests: of the data set as it was read, `Dataset.digests`.
+
+    Raises:
+        RunFolderError: naming the splits that differ.
+    """
+    if not (_has_checkpoints(folder) and data_path(folder).is_file()):
+        return
+    try:
+        record = json.loads(data_path(folder).read_text(encoding="utf-8"))
+        theirs, source = record["digests"], record["source"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{data_path(folder)} cannot be read: {error!r}") from error
+    differing = [name for name in digests if name in theirs and theirs[name] != digests[name]]
+    if differing:
+        raise RunFolderError(
+            f"run folder {folder} was trained on other images (from {source}; "
+            f"{' and '.join(differing)} differ): give its images with --config.data.dir, or "
+            "another --workdir. The same JPEG files decoded by another version of Pillow differ too"
+        )
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    saved = checkpoints_path(folder)
+    return saved.is_dir() and any(child.name.isdecimal() for child in saved.iterdir())
 
 
 def write_config(folder: Path, config: Config) -> None:

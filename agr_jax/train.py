@@ -56,6 +56,7 @@ def run(config: Config, folder: Path) -> int:
         _check_before_start(config, dataset, on)
         images = training_images(config, dataset)
         run_folder.check(folder, config)
+        run_folder.check_data(folder, dataset.digests)
         with StopOnSignal() as stop:
             interrupted = _train(config, folder, trainer, dataset, images, stop)
         if interrupted:

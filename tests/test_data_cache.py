@@ -177,6 +177,13 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path, folder):
     assert recent.exists()
 
 
+def test_what_another_process_removes_first_is_no_error(tmp_path, monkeypatch):
+    gone = tmp_path / ".partial-gone"
+    monkeypatch.setattr(cache.Path, "glob", lambda *_: iter([gone]))
+    cache._forget_abandoned(tmp_path)
+    assert not gone.exists()
+
+
 def test_processes_at_once_all_get_the_same(tmp_path, folder):
     path = made_cifar10(tmp_path)
     program = (

@@ -1,7 +1,9 @@
 """A user's own tree of images: layout, formats, sizes, and every mistake that trees have."""
 
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -147,7 +149,22 @@ def test_images_that_would_fill_the_memory_are_refused(tree):
 def test_sixteen_bits_a_channel_are_refused(tree):
     deep = np.full((16, 16), 40_000, np.uint16)
     (tree / "train/ant/9.png").write_bytes(encoded(deep))
-    refused(tree, r"9.png: expected 8 bits a channel, found Pillow's mode I;16")
+    refused(tree, r"9.png: expected 8 bits a channel, found 16")
+    (tree / "train/ant/9.png").write_bytes(deep_colour_png(16))
+    refused(tree, r"9.png: expected 8 bits a channel, found 16")
+
+
+def deep_colour_png(side):
+    """An RGB image of 16 bits a channel, which Pillow reads but cannot write."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
+    rows = side * (b"\0" + side * 6 * b"\x80")
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def test_wrong_layouts_say_what_was_expected(tree, tmp_path):

@@ -1,5 +1,6 @@
 """Runs in this process, on digits with a small network, over four CPU devices."""
 
+import dataclasses
 import json
 import shutil
 
@@ -204,6 +205,30 @@ def test_folder_of_another_run(finished):
     message = r"holds another run \(config\.agr\.tau: 0\.9 there, 0\.5 here"
     refused(RunFolderError, message, small(agr__tau=0.5), finished)
     assert_bit_identical(before, variables_of(finished))
+
+
+def test_other_images_do_not_continue_a_run(tmp_path):
+    run_folder.write_data_record(tmp_path, {"source": "there", "digests": {"train": "a"}})
+    run_folder.check_data(tmp_path, {"train": "b"})  # nothing was trained on them yet
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    run_folder.check_data(tmp_path, {"train": "a"})
+    run_folder.check_data(tmp_path, {})  # of a set whose digests nobody takes
+    with pytest.raises(RunFolderError, match=r"other images \(from there; train differ\)"):
+        run_folder.check_data(tmp_path, {"train": "b"})
+    run_folder.data_path(tmp_path).write_text("[]")
+    with pytest.raises(RunFolderError, match=r"data\.json cannot be read"):
+        run_folder.check_data(tmp_path, {"train": "a"})
+
+
+def test_other_images_are_refused_before_training(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    record = json.loads(run_folder.data_path(folder).read_text())
+    run_folder.write_data_record(folder, {**record, "digests": {"test": "a"}})
+    dataset = evaluate.dataset_from_config(small())
+    other = dataclasses.replace(dataset, digests={"test": "b"})
+    monkeypatch.setattr(evaluate, "dataset_from_config", lambda _: other)
+    refused(RunFolderError, "other images .*test differ", small(), folder)
 
 
 def test_checkpoint_of_another_model_or_data_set_in_the_folder(finished, tmp_path):

@@ -667,6 +667,18 @@ def test_later_steps_are_forgotten_within_a_file_too(tmp_path, last):
     assert diagnostics.read(tmp_path).steps.tolist() == list(range(1, 10))
 
 
+def test_forgetting_steps_loses_none_on_a_full_disk(tmp_path, monkeypatch):
+    log = write_diagnostics(tmp_path, range(1, 5))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diagnostics, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        log.forget_after(2)
+    assert diagnostics.read(tmp_path).steps.tolist() == [1, 2, 3, 4]
+
+
 def test_a_damaged_diagnostics_file_is_named(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished("standard", **MEASURED), folder)

@@ -224,7 +224,11 @@ def _mapped(path: Path) -> np.ndarray:
 def _forget_abandoned(folder: Path) -> None:
     """Removes what killed processes left unfinished a day ago and earlier."""
     for path in folder.glob(f"{_PARTIAL}*"):
-        if time.time() - path.stat().st_mtime <= _SECONDS_UNTIL_ABANDONED:
+        try:
+            written = path.stat().st_mtime
+        except FileNotFoundError:  # another process was faster
+            continue
+        if time.time() - written <= _SECONDS_UNTIL_ABANDONED:
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

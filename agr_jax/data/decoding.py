@@ -17,6 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 _IMAGES_PER_TASK = 128
 # A small file may declare a gigantic image: 64 million pixels are 192 MB.
 _MOST_PIXELS = 64_000_000
+_PNG_BIT_DEPTH = 24  # position in the file: signature, chunk header, width, height
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -107,6 +108,11 @@ def decode(
             if width * height > _MOST_PIXELS:
                 raise _UnfitImageError(
                     f"expected at most {_MOST_PIXELS:,} pixels, found {width}x{height}"
+                )
+            # Pillow reads a colour PNG of 16 bits as one of 8, without a word.
+            if opened.format == "PNG" and content[_PNG_BIT_DEPTH] > 8:
+                raise _UnfitImageError(
+                    f"expected 8 bits a channel, found {content[_PNG_BIT_DEPTH]}"
                 )
             if opened.mode not in _MODES:
                 raise _UnfitImageError(

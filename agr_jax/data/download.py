@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import socket
 import time
 import urllib.parse
@@ -117,6 +118,8 @@ def _fetch(requests: Any, address: str, partial: Path, size: int) -> None:
                 file.write(block)
                 progress.advance((have >> 20) - shown)
                 shown = have >> 20
+            file.flush()
+            os.fsync(file.fileno())  # before it gets its name
     if have < size:
         raise DownloadError(f"the connection ended after {have:,} of {size:,} bytes")
 

@@ -163,6 +163,8 @@ def _unpacked(
         try:
             with archive.open(info) as source, partial.open("wb") as unpacked:
                 shutil.copyfileobj(source, unpacked, _BLOCK_BYTES)
+                unpacked.flush()
+                os.fsync(unpacked.fileno())  # before it gets its name
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
