@@ -50,8 +50,8 @@ class DataConfig:
         name: data set; `image_folder` is a tree of your own, `train/CLASS/*` and `test/CLASS/*`.
         dir: folder or archive to read; empty to search `TFDS_DATA_DIR`, `./data`, and
             `~/tensorflow_datasets`, and to download what is not there.
-        image_size: side that Tiny ImageNet is resized to (32 or 64), or an image folder's images;
-            0 for the set's own.
+        image_size: side that images are resized to: of Tiny ImageNet 32 or 64 (0 for 32), of an
+            image folder any; 0 for the other sets, which keep their own.
         subset_ok: accept a partial set; the run is labelled as such.
         train_examples: size of a class-balanced subset of the training set; 0 for all.
         validation_examples: training examples held out to select the best checkpoint; 0 for none.
@@ -63,7 +63,8 @@ class DataConfig:
         resize: of an image folder: `crop` the middle of what is longer, or `stretch`.
         download: fetch the official archive where it is not on this machine.
         cache: keep decoded images in the user's cache folder, so that the next start is quick.
-        extra: `.npz` file of extra training images (`image`, `label`); empty for none.
+        extra: `.npz` file of extra training images (`image`, `label`); empty for none. A compressed
+            one is unpacked in the cache folder in any case.
         extra_fraction: share of each batch that comes from `extra`.
         device_budget_mb: megabytes of images that may lie on each device; what needs more is
             streamed from the host. 0 for a share of the device's memory.
@@ -290,8 +291,8 @@ class MeasureConfig:
         images: test images of `boundary` (correct ones) and of `landscape`.
         directions: random directions for each image of `boundary`.
         most_steps: of 1/255 along a direction.
-        points: of the grid along a direction of the weights, an odd number.
-        batches: training batches of `mechanism`.
+        points: of the grid along a direction of the weights; an odd number has w itself.
+        batches: training batches of `mechanism`, at least two.
     """
 
     names: tuple[Literal["boundary", "landscape", "mechanism"], ...] = ("boundary", "landscape")
@@ -299,7 +300,7 @@ class MeasureConfig:
     directions: PositiveInt = 10
     most_steps: PositiveInt = 255
     points: PositiveInt = 21
-    batches: PositiveInt = 200
+    batches: Annotated[int, Range(2)] = 200
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,7 +169,8 @@ def landscape(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
 
     Two scales of d: as drawn, and filter-normalised (Li et al., 2018): every filter of d has the
     norm of that filter of w, and d is 0 for vectors (biases, BatchNorm). The adversarial images are
-    made anew at every point, with the training attack, as in Wu et al., 2020.
+    made anew at every point, as in Wu et al., 2020, by PGD on the cross-entropy with the ball and
+    the steps of the training attack.
     """
     settings = config.measure
     images, labels = _test_images(dataset, settings.images)
@@ -286,10 +287,9 @@ def mechanism(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
 
     root = jax.random.fold_in(jax.random.key(config.seed), 6)
     images = TrainingImages(dataset.train)
-    per_epoch = trainer.steps_per_epoch
     sizes = [config.batch_size] * (len(dataset.train) // config.batch_size)
     rows = []
-    for epoch in range(-(-config.measure.batches // per_epoch)):
+    for epoch in range(-(-config.measure.batches // len(sizes))):
         order = images.order(root, epoch, sizes)
         rows += np.split(order[: sum(sizes)], len(sizes))
     measured = []

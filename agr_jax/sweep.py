@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from agr_jax import evaluate, measure, mesh, run_folder, train
+from agr_jax import evaluate, measure, mesh, optim, run_folder, train
 from agr_jax.attacks import named
 from agr_jax.config import Config, from_config_dict
 from agr_jax.errors import ConfigError, UserError
@@ -189,8 +189,12 @@ def time_left(sweep: Sweep, left: Iterable[PlannedRun]) -> str:
 
 def passes_per_image(config: Config) -> float:
     """Forward passes of one training image in one epoch, a backward pass counted as one or two."""
-    attack = 0 if config.method == "standard" else 2 * config.attack.steps
-    return attack + 3 + (3 if config.agr.enabled or config.diagnostics else 1)
+    if config.method == "standard":
+        return 3
+    clean_gradient = config.diagnostics or any(
+        start is not None for start in optim.start_epochs(config.agr)
+    )
+    return 2 * config.attack.steps + 3 + (3 if clean_gradient else 1)
 
 
 def _complete(sweep: Sweep, planned: PlannedRun, missing: Sequence[str]) -> int:

@@ -457,7 +457,8 @@ def answers_of(root, correct, *, robust=(), best=()):
     for name, count in best:
         folder = made_run(root, name, "off", mask=first(count))
         path = folder / "config.json"
-        path.write_text(path.read_text().replace('"decay": 0.0', '"decay": 0.9'))
+        text = path.read_text().replace('"decay": 0.0', '"decay": 0.9')
+        path.write_text(text.replace('"profile": "paper"', '"profile": "best"'))
         evaluation = folder / "evaluations/last-first1000.json"
         evaluation.rename(evaluation.with_name("average-first1000.json"))
     found = section(rendered(root)[0], "AGR-small: paired comparison").split("asked", 2)[2]
@@ -473,8 +474,9 @@ def test_a_verdict_of_yes(tmp_path):
     answers = answers_of(tmp_path, WORKING, best=[("best-0", 506)])
     assert answers["AGR works"] == "yes (all bases)"
     assert answers["base-2: AGR against AT + clip"] == (
-        "clean +0.50, at least +0.5: yes; PGD-20 +0.50, at least -0.3: yes; "
-        "fast (not AutoAttack) +0.50, at least -0.3: yes"
+        "clean +0.50 (5/0, p 0.062), at least +0.5: yes; "
+        "PGD-20 +0.50 (5/0, p 0.062), at least -0.3: yes; "
+        "fast (not AutoAttack) +0.50 (5/0, p 0.062), at least -0.3: yes"
     )
     assert answers["base-0: AGR above the front of fixed tau"] == "yes"
     html = (tmp_path / "report/report.html").read_text()
@@ -729,6 +731,22 @@ def test_the_time_left_comes_from_the_runs_so_far(tmp_path):
     )
     expected = f"about {epochs * per_pass / 3600:.1f} h of training left"
     assert sweep.time_left(planned, left) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({"agr.enabled": False}, 10 + 3 + 1),
+        ({}, 10 + 3 + 3),
+        ({"agr.gop": False, "agr.interpolation": "none"}, 10 + 3 + 1),
+        ({"agr.enabled": False, "diagnostics": True}, 10 + 3 + 3),
+        ({"method": "standard"}, 3),
+    ],
+)
+def test_passes_of_an_image(fields, passes):
+    values = plans.arm(plans.recipe("small", "cifar10", "preactresnet18", "at", 0), "agr")
+    values.update_from_flattened_dict(fields)
+    assert sweep.passes_per_image(from_config_dict(values)) == passes
 
 
 def test_agr_small_is_what_the_page_says():

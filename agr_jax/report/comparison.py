@@ -85,6 +85,8 @@ def verdict(families: _Families, alone: Sequence[RunRecord] = ()) -> Table:
             answer = None if change is None else change >= least
             answers.append(answer)
             size = "not run" if change is None else f"{change:+.2f}"
+            if change is not None:
+                size += _counts(family["agr"].attacks[attack], family["clip"].attacks[attack])
             shown.append(f"{named.title(attack)} {size}, at least {least:+.1f}: {_yes(answer)}")
         rows.append((f"{base}: AGR against AT + clip", "; ".join(shown)))
     answers += [None] * max(BASES - len(families), 0)

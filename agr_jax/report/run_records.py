@@ -122,7 +122,7 @@ class RunRecord:
         """How the gradients are combined, as `configs/paper/plans.py` names it."""
         agr = self.config.agr
         if self.config.averaging.decay:
-            return "best"
+            return "best" if self.config.profile == "best" else "other"
         if not agr.enabled:
             return "off"
         clipped = "own" if agr.clip in ("interpolated", "changed") else agr.clip
