@@ -25,39 +25,53 @@ OWN_LOSS = {
 }
 
 
-def trained(folder, method, **agr):
-    """Accuracies of the last checkpoint on the test set, and the records of all epochs."""
+BRANCH_EPOCH = 30
+
+
+def trained(folder, method, base=None):
+    """Accuracies of the last checkpoint on the test set, and the records of the run's epochs."""
     values = importlib.import_module(f"configs.digits_{method}").get_config("paper")
-    values.agr.update(agr)
+    values.agr.enabled = base is not None
+    values.init_from = str(base or "")
+    values.checkpoints.keep_epochs = (BRANCH_EPOCH,)
     assert train.run(from_config_dict(values), folder) == 0
     row = json.loads((folder / "evaluations" / "last.json").read_text())
     assert (row["epoch"], row["seed"], row["examples"]) == (40, 0, 355)
     assert row["complete_data"]
     records = read_json_lines(folder / "metrics.jsonl")
-    assert len(records) == 40
+    assert len(records) == (40 - BRANCH_EPOCH if base else 40)
     accuracy = {name: attack["accuracy"] for name, attack in row["attacks"].items()}
-    print(method, agr, accuracy)
+    print(method, base, accuracy)
     return accuracy, records
 
 
-def assert_halved(records, name):
-    first, last = records[0][name], records[-1][name]
-    print(name, first, last)
-    assert last < first / 2
+def assert_halved(first, last, name):
+    print(name, first[name], last[name])
+    assert last[name] < first[name] / 2
 
 
-@pytest.mark.parametrize("agr", [True, False], ids=["agr", "baseline"])
 @pytest.mark.parametrize("method", OWN_LOSS)
-def test_an_adversarial_method_is_robust(tmp_path, method, agr):
-    accuracy, records = trained(tmp_path / "run", method, enabled=agr)
-    assert ("cosine" in records[0]) == agr
-    assert accuracy["pgd20"] >= 0.50
-    assert accuracy["clean"] >= accuracy["fgsm"] >= accuracy["pgd20"]
-    assert_halved(records, OWN_LOSS[method])
+def test_an_adversarial_method_and_its_agr_branch_are_robust(tmp_path, method):
+    """AGR branches where its interpolation begins, as the README's first line does."""
+    without, records = trained(tmp_path / "base", method)
+    step = BRANCH_EPOCH * records[0]["step"]
+    branch_point = tmp_path / "base" / "checkpoints" / str(step)
+    accuracy, branch_records = trained(tmp_path / "branch", method, branch_point)
+    assert branch_records[0]["epoch"] == BRANCH_EPOCH + 1
+    assert "cosine" not in records[-1]
+    assert "cosine" in branch_records[0]
+    for found in (without, accuracy):
+        assert found["pgd20"] >= 0.50
+        assert found["clean"] >= found["fgsm"] >= found["pgd20"]
+    for last in (records[-1], branch_records[-1]):
+        assert_halved(records[0], last, OWN_LOSS[method])
+    if method == "at":
+        assert without["pgd20"] > 0.60
+        assert abs(accuracy["pgd20"] - without["pgd20"]) <= 0.05
 
 
 def test_standard_training_is_accurate_and_not_robust(tmp_path):
     accuracy, records = trained(tmp_path / "run", "standard")
     assert accuracy["clean"] >= 0.95
     assert accuracy["pgd20"] < 0.25
-    assert_halved(records, "adversarial_loss")
+    assert_halved(records[0], records[-1], "adversarial_loss")

@@ -123,10 +123,10 @@ def common(golden):
 @pytest.mark.parametrize(
     ("method", "agr"),
     [
-        # For every day the exact test, tests/float64/test_official_step.py, is enough.
+        # For every day the exact test, tests/float64/test_official_step.py, is enough; with AGR
+        # the gradients of the baseline are compared too.
         pytest.param(method, agr, marks=pytest.mark.slow)
-        for method in NOISE
-        for agr in (True, False)
+        for method, agr in (*((name, True) for name in NOISE), ("AT", False))
     ],
 )
 def test_step(golden, common, method, agr):
