@@ -121,8 +121,8 @@ def agr_transform(
     =====================================  ====================================================
 
     With both parts active, and before momentum and weight decay, every leaf of the result `G`
-    satisfies `<G, g_c> >= 0` and `<G, g_a> >= 0` up to rounding: one step descends both losses
-    (Theorem 4.1).
+    satisfies `<G, g_c> >= 0` and `<G, g_a> >= 0` up to rounding: to first order one step raises
+    neither loss (Theorem 4.1).
 
     Reductions are float32 (float64 for float64 gradients) and scaled against under- and overflow.
     Under `pmap` or `shard_map`, average *both* gradients over the devices first: the combination
@@ -134,6 +134,10 @@ def agr_transform(
         micro-batch, the second would let a NaN in the clean gradient through. Wrap the chain with
         `from_gradient_pair` for `MultiSteps`, and put `apply_if_finite` after AGR, as also
         `optax.contrib.mechanize`, which around AGR would tune itself on the adversarial gradient.
+
+    With `clean_grads=`, `optax.masked` and `optax.partition` need
+    `mask_compatible_extra_args=True`; `optax.inject_hyperparams(agr_transform)` needs the starts,
+    the clip norm and what is no number in its `static_args`. Without these they raise an error.
 
     Args:
         gop_start: step (counted from 0) from which GOP acts; `None` for never.

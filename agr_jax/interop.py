@@ -445,7 +445,7 @@ def _safetensors(path: Path) -> ModuleType:
         import safetensors.numpy
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: '.safetensors' needs the package safetensors: pip install agr_jax[torch]"
+            f"{path}: '.safetensors' needs the package safetensors: pip install safetensors"
         ) from error
     return safetensors.numpy
 

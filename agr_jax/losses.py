@@ -1,8 +1,8 @@
 """Losses on logits, one value per example, for training to lower and attacks to raise.
 
 Every function takes logits `[batch, classes]` (float, any scale) and integer labels `[batch]` and
-returns `[batch]` in the dtype of the logits. None of them makes a NaN from finite logits, in the
-value or in the gradient.
+returns `[batch]` in the dtype of the logits. None of them makes a NaN from logits whose differences
+are finite, in the value or in the gradient.
 
 Example:
     >>> import jax.numpy as jnp

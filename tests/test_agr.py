@@ -1,6 +1,5 @@
 """`agr_transform` against reference numbers, a reference of its own and its documented tables."""
 
-import doctest
 import inspect
 import re
 
@@ -11,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-import agr_jax.agr
 from agr_jax import (
     AGRState,
     GradientPair,
@@ -772,9 +770,3 @@ def test_empty_auxiliary_state_is_still_auxiliary_state():
     loss = lambda w, batch, aux: (jnp.sum(w * batch), aux)  # noqa: E731
     _, _, aux = clean_and_adversarial_grads(loss, jnp.ones(2), jnp.ones(2), jnp.zeros(2), aux={})
     assert aux == {}
-
-
-def test_docstring_examples():
-    result = doctest.testmod(agr_jax.agr)
-    assert result.attempted >= 10
-    assert result.failed == 0

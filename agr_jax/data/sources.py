@@ -43,8 +43,8 @@ def load_dataset(
 
     `directory`, and no other place, if it is given; `$TFDS_DATA_DIR`; `./data`; the default folder
     of TensorFlow Datasets, `~/tensorflow_datasets`; the official address. In a folder the official
-    folder or archive is looked for, also in `downloads` and `downloads/manual`, and what TFDS
-    prepared, `<name>/<version>`.
+    folder or archive is looked for, also in its `downloads`, `downloads/manual` and `manual`, and
+    what TFDS prepared, `<name>/<version>`, in the folder itself.
 
     Args:
         name: "digits" (comes with scikit-learn), "cifar10", "cifar100", "tiny_imagenet", or
