@@ -5,6 +5,7 @@ between numbers of devices; `float64/test_devices.py` does that.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +50,14 @@ def initial():
 
 @pytest.fixture(scope="module")
 def updated(initial):
-    """One update on 1, 2 and 4 devices."""
+    """`updated(devices)`: the state and metrics after one update."""
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(BATCH, 16, 16, 3)).astype(np.float32)
     noise = rng.choice([-8 / 255, 8 / 255], size=images.shape).astype(np.float32)
     labels = rng.integers(0, 10, size=BATCH).astype(np.int32)
-    results = {}
-    for devices in (1, 2, 4):
+
+    @functools.cache
+    def run(devices):
         trainer = make_trainer({}, devices)
         batch = Batch(images, np.clip(images + noise, 0, 1), labels)
         batch = jax.device_put(batch, mesh.batch_sharding(trainer.on))
@@ -63,22 +65,26 @@ def updated(initial):
         update = jax.jit(trainer.update, static_argnames="clean_gradient")
         after = update(state, batch, clean_gradient=True)
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(after)} == {devices}
-        results[devices] = jax.device_get(after)
-    return results
+        return jax.device_get(after)
+
+    return run
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_one_update_agrees(initial, updated, devices):
-    state, metrics = updated[1]
-    other, other_metrics = updated[devices]
+    state, metrics = updated(1)
+    other, other_metrics = updated(devices)
+    worst = 0.0
     for name in ("params", "batch_stats"):
         for path, leaf in jax.tree.leaves_with_path(getattr(state, name)):
             got = dict(jax.tree.leaves_with_path(getattr(other, name)))[path]
             before = dict(jax.tree.leaves_with_path(getattr(initial, name)))[path]
-            # Relative to the leaf's change, which is the harder test; the leaf is 100 times longer.
+            # Relative to the leaf's change, the harder test: the leaf is about 100 times longer.
             moved = np.linalg.norm(leaf - before)
             assert moved > 0
-            assert np.linalg.norm(got - leaf) <= 1e-5 * max(np.linalg.norm(leaf), moved)
+            worst = max(worst, np.linalg.norm(got - leaf) / moved)
+    print(f"worst leaf: {worst:.1e} of its change")
+    assert worst <= 5e-5  # measured: 1.4e-5
     buffers = [optax.tree.get(s.opt_state, "trace") for s in (state, other)]
     for got, expected in zip(*map(jax.tree.leaves, buffers[::-1]), strict=True):
         assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
@@ -132,8 +138,3 @@ def test_agr_that_never_starts_equals_none_bit_for_bit(initial, three_steps, bas
     assert same_bits(three_steps(TOO_LATE, clean_gradient=False), baseline)
     assert not same_bits(initial, baseline)
     assert int(baseline.step) == 3
-
-
-def test_statistics_of_the_clean_pass_are_in_the_baseline_too(three_steps, baseline):
-    without = three_steps(ABSENT, clean_gradient=False, batch_stats="adversarial")
-    assert not same_bits(without, baseline)

@@ -72,7 +72,6 @@ def stored_images(golden, stored, data="cifar"):
 
 LINF_RUNS = [
     ("cifar_cnn_a_adv", "Linf_8", 8 / 255, 2 / 255, (20, 100)),
-    ("cifar_cnn_a_adv", "Linf_2", 2 / 255, 0.5 / 255, (20, 100)),
     ("mnist_pgd_madry", "Linf_0.3", 0.3, 0.01, (40, 100)),
 ]
 
@@ -95,9 +94,9 @@ def test_fgsm_pgd_and_cw_masks(golden, network, name, file, epsilon, alpha, step
         assert (robust != stored[key].astype(bool)).sum() <= 0.002 * len(robust), key
         for part, loss in (("ce", losses.cross_entropy), ("margin", losses.margin)):
             if f"{key}_{part}" in stored.files:
-                difference = np.abs(loss(logits, labels) - stored[f"{key}_{part}"])
-                assert (difference <= 1e-3).mean() >= 0.95, (key, part)
-                assert difference.mean() <= 1e-3 or abs(difference.mean()) <= 1e-3, (key, part)
+                difference = loss(logits, labels) - stored[f"{key}_{part}"]
+                assert (np.abs(difference) <= 1e-3).mean() >= 0.95, (key, part)
+                assert abs(difference.mean()) <= 1e-3, (key, part)
 
     check("fgsm", fgsm(Linf(epsilon))(logits_fn, images, labels, jax.random.key(0)))
     for count in steps:
@@ -182,7 +181,7 @@ def test_apgd_runs(golden, network, file, norm):
 
 
 @pytest.mark.slow
-@by_file
+@pytest.mark.parametrize("file", ["cnn_a"])
 def test_apgd_l1_from_another_radius(golden, network, file):
     """`L1warm` starts from points that set the sparsity, `L1large` at three times the radius."""
     stored, logits_fn = golden(f"apgd_{file}.npz"), network(file)
@@ -213,14 +212,18 @@ def test_apgd_l1_from_another_radius(golden, network, file):
 
 
 @jax.jit
-def fab_run(step, logits_fn):
+def fab_run(step, logits_fn, count):
+    """So many steps, a number that is traced: one program for all."""
     start = step.images, _nothing(step.images, step.labels)
-    return loop_on_device(step, logits_fn, start, step.attack.steps)[1]
+    return loop_on_device(step, logits_fn, start, count)[1]
 
 
-@by_file
-@by_norm
+@pytest.mark.slow  # float64/test_attacks.py has the exact distances
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("file", ["small", "cnn_a"])
 def test_fab_runs(golden, network, file, norm):
+    if (file, norm) == ("small", "L1"):
+        pytest.skip("the reference stored no verdicts of this network under L1")
     stored, logits_fn = golden(f"fab_{file}.npz"), network(file)
     images, labels = images_of(stored), jnp.asarray(stored["y"])
     threat = NORMS[norm](RADII[file][norm])
@@ -232,7 +235,7 @@ def test_fab_runs(golden, network, file, norm):
             if f"{key}norm" not in stored.files:
                 continue
             targets = order[:, -rank]
-            found = fab_run(_Step(fab(threat, steps=steps), images, labels, targets), logits_fn)
+            found = fab_run(_Step(fab(threat), images, labels, targets), logits_fn, steps)
             distance = np.asarray(found.distance)
             success = stored[f"{key}success"].astype(bool)
             np.testing.assert_array_equal(np.isfinite(distance), success)
@@ -245,7 +248,7 @@ def test_fab_runs(golden, network, file, norm):
         fooled = np.asarray(distance) <= threat.epsilon
         np.testing.assert_array_equal(fooled, success)
         checked += 1
-    assert checked or (file, norm) == ("small", "L1")
+    assert checked
 
 
 def compare_distances(got, expected, threat):
