@@ -17,6 +17,7 @@ def small() -> ConfigDict:
     values.batch_size = 64
     values.data.train_examples = 256
     values.attack.steps = 2
+    values.data.picture = False
     values.agr.gics_start_epoch = 1
     values.eval.examples = 60
     values.eval.attacks = ("clean", "pgd3")

@@ -182,12 +182,19 @@ def rendered(root):
     return (root / "report/report.md").read_text(), written
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For what is read from tables alone: drawing takes seconds."""
+    monkeypatch.setattr(figures, "draw", lambda *_: None)
+
+
 def section(text, title):
     return re.split(r"^## ", text, flags=re.MULTILINE)[
         [p.split("\n")[0] for p in re.split(r"^## ", text, flags=re.MULTILINE)].index(title)
     ]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_tables_show_mean_and_deviation_over_seeds(made):
     text, _ = rendered(made)
     found = section(text, "Table 1: accuracy without and with AGR")
@@ -239,6 +246,7 @@ def test_figure_3_shows_the_mean_over_seeds(made):
     assert caption.endswith("last epoch, mean of up to 2 seeds.")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_runs_of_one_seed_are_no_repetitions(made):
     made_run(made, "at-0-again", "off", seed=0, accuracy=0.9)
     found = section(rendered(made)[0], "Table 1: accuracy without and with AGR")
@@ -247,6 +255,7 @@ def test_runs_of_one_seed_are_no_repetitions(made):
     assert "| at-0-again |" in found
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_with_diagnostics_does_not_count_beside_its_twin(made):
     folder = made_run(made, "at-0-diagnosed", "off", seed=0, accuracy=0.9)
     for path in (folder / "config.json", folder / "evaluations/last-first1000.json"):
@@ -271,6 +280,7 @@ def without_attack(folder, attack):
     path.write_text(json.dumps(record))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_mean_over_fewer_runs_says_so(made):
     without_attack(made / "agr-1", "fast")
     row = "| AT + AGR | 53.00 ± 1.41 of 1,000 |"
@@ -280,6 +290,7 @@ def test_a_mean_over_fewer_runs_says_so(made):
     )
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_paired_means_say_over_how_many_bases(made):
     for seed in (0, 1):
         made_run(made, f"clip-{seed}", "clip", seed=seed, base=f"bases/base-{seed}")

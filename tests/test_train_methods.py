@@ -59,11 +59,16 @@ def small(method: str, **overrides) -> Config:
     values.batch_size = 64
     values.data.train_examples = 256
     values.data.validation_examples = 60
+    values.data.picture = False
     values.attack.steps = 2
     values.agr.gics_start_epoch = 1
     values.eval.examples = 60
     values.eval.attacks = ("clean",)
     return overridden(values, **overrides)
+
+
+# One step an epoch.
+WHOLE = {"batch_size": 256}
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +227,7 @@ def test_average_equals_a_recomputation():
 
 
 def test_without_a_decay_nothing_is_kept(finished):
-    folder = finished("standard")
+    folder = finished("standard", **WHOLE, epochs=1)
     config = run_folder.read_config(folder)
     dataset = evaluate.dataset_from_config(config)
     trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
@@ -233,10 +238,6 @@ def test_without_a_decay_nothing_is_kept(finished):
     assert not (folder / "evaluations" / "average-first60.json").exists()
     with pytest.raises(CheckpointError, match=r"no moving average .*--config\.averaging\.decay="):
         evaluate.evaluate_run(folder, config, which=("average",), dataset=dataset)
-
-
-# One step an epoch.
-WHOLE = {"batch_size": 256}
 
 
 def test_a_branch_from_a_base_without_an_average_starts_at_the_base(finished, tmp_path):
@@ -697,7 +698,7 @@ def test_a_damaged_diagnostics_file_is_named(finished, tmp_path):
 
 def test_a_run_without_diagnostics_says_how_to_write_them(finished):
     with pytest.raises(RunFolderError, match=r"no diagnostics \(--config\.diagnostics=True"):
-        diagnostics.read(finished("standard"))
+        diagnostics.read(finished("standard", **WHOLE, epochs=1))
 
 
 # ---- validation

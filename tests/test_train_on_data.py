@@ -29,6 +29,12 @@ from configs import base
 
 
 @pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    """A part of CIFAR-10 in the official layout."""
+    return real_cifar10(tmp_path_factory.mktemp("cifar10"))
+
+
+@pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Small sets: folders and archives of the official layouts, prepared TFDS folders."""
     root = tmp_path_factory.mktemp("places")
@@ -148,13 +154,12 @@ STREAMED = {"data__device_budget_mb": 1}
 @pytest.mark.parametrize(
     ("last_batch", "with_extra"),
     [
-        pytest.param("drop", False, marks=pytest.mark.slow),
         pytest.param("keep", False, marks=pytest.mark.slow),
         ("drop", True),
     ],
 )
 def test_streamed_equals_on_device_bit_for_bit(
-    places, extra, tmp_path, capsys, monkeypatch, last_batch, with_extra
+    cifar10, extra, tmp_path, capsys, monkeypatch, last_batch, with_extra
 ):
     """Two epochs with a short last batch: 1.2 MB of images are over the budget of 1 MB."""
     overrides = {
@@ -166,7 +171,7 @@ def test_streamed_equals_on_device_bit_for_bit(
     }
     if with_extra:
         overrides |= {"data__extra": str(extra), "data__extra_fraction": 0.25}
-    path = places["cifar10", "folder"]
+    path = cifar10
     assert train.run(small("cifar10", path, **overrides), tmp_path / "device") == 0
     assert "MB of images on each device" in capsys.readouterr().out
     assert train.run(small("cifar10", path, **overrides, **STREAMED), tmp_path / "streamed") == 0
@@ -187,8 +192,8 @@ def test_streamed_equals_on_device_bit_for_bit(
 
 @needs_shared
 @pytest.mark.slow
-def test_a_run_may_go_on_with_another_budget(places, tmp_path):
-    path, overrides = places["cifar10", "folder"], {"data__train_examples": 400, "batch_size": 48}
+def test_a_run_may_go_on_with_another_budget(cifar10, tmp_path):
+    path, overrides = cifar10, {"data__train_examples": 400, "batch_size": 48}
     assert train.run(small("cifar10", path, **overrides, epochs=1), tmp_path / "run") == 0
     continued = small("cifar10", path, **overrides, epochs=2, **STREAMED)
     assert train.run(continued, tmp_path / "run") == 0
@@ -196,9 +201,10 @@ def test_a_run_may_go_on_with_another_budget(places, tmp_path):
     assert_bit_identical(variables_of(tmp_path / "run"), variables_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow  # every day one streams them, above
 @needs_shared
-def test_extra_images_change_the_run_and_are_recorded(places, extra, tmp_path):
-    path = places["cifar10", "folder"]
+def test_extra_images_change_the_run_and_are_recorded(cifar10, extra, tmp_path):
+    path = cifar10
     with_extra = {"data__extra": str(extra), "data__extra_fraction": 0.5}
     assert train.run(small("cifar10", path), tmp_path / "without") == 0
     assert train.run(small("cifar10", path, **with_extra), tmp_path / "with") == 0
@@ -209,8 +215,8 @@ def test_extra_images_change_the_run_and_are_recorded(places, extra, tmp_path):
 
 
 @needs_shared
-def test_extra_images_and_their_share_need_each_other(places, extra, tmp_path):
-    path = places["cifar10", "folder"]
+def test_extra_images_and_their_share_need_each_other(cifar10, extra, tmp_path):
+    path = cifar10
     for overrides in ({"data__extra": str(extra)}, {"data__extra_fraction": 0.5}):
         with pytest.raises(ConfigError, match=r"config\.data\.extra_fraction: must be above 0 if"):
             train.run(small("cifar10", path, **overrides), tmp_path / "run")
@@ -226,12 +232,12 @@ def test_extra_images_and_their_share_need_each_other(places, extra, tmp_path):
 
 
 @needs_shared
-def test_the_picture_shows_what_the_first_step_sees(places, tmp_path, monkeypatch):
+def test_the_picture_shows_what_the_first_step_sees(cifar10, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
         "agr_jax.batch_picture.batch_picture", lambda *parts: shown.append(parts) or b"png"
     )
-    config = small("cifar10", places["cifar10", "folder"], data__picture=True)
+    config = small("cifar10", cifar10, data__picture=True)
     assert train.run(config, tmp_path / "run") == 0
     assert (tmp_path / "run/first_batch.png").read_bytes() == b"png"
     ((images, augmented, adversarial, names),) = shown

@@ -12,6 +12,7 @@ from agr_jax import agr_transform, mesh, models
 from agr_jax.attacks import pgd
 from agr_jax.data import Augmentation
 from agr_jax.methods import AdversarialTraining
+from agr_jax.models.convolution import default_implementation
 from agr_jax.threat import Linf
 from agr_jax.train_step import Trainer
 
@@ -20,7 +21,14 @@ STEPS, BATCH = 10, 16
 
 def trainer_on(devices):
     return Trainer(
-        model=models.create("wrn10_1", 10, dtype=jnp.float64, param_dtype=jnp.float64),
+        model=models.PreActResNet(
+            10,
+            blocks=(1, 1),
+            width=8,
+            conv=default_implementation(),
+            dtype=jnp.float64,
+            param_dtype=jnp.float64,
+        ),
         method=AdversarialTraining(pgd(Linf(0.2), steps=10, step_size=0.05)),
         optimizer=optax.chain(
             agr_transform(),
