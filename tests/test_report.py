@@ -803,3 +803,25 @@ def test_every_plan_loads(path, scale):
     planned = sweep.from_plan(module.get_config(scale))
     assert planned.runs
     assert len({run.name for run in planned.runs}) == len(planned.runs)
+
+
+def test_the_pages_numbers_are_those_of_the_committed_records():
+    docs = Path(__file__).parents[1] / "docs"
+    result = (docs / "experiments.md").read_text().split("## Result")[1]
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", result, re.MULTILINE)
+    names = {"AT": "at-0", "AT + clip": "at_clip-0", "AGR": "agr-0"}
+    assert [title for title, *_ in rows] == list(names)
+    for title, *shown in rows:
+        run = read_run(docs / "agr-small" / names[title])
+        assert run.finished
+        found = [run.attacks[name] for name in ("clean", "pgd20", "fast")]
+        assert [f"{100 * each.accuracy:.2f}" for each in found] == shown
+        assert [each.examples for each in found] == [10_000, 10_000, 1_000]
+        for path in (run.folder / "evaluations").glob("*.json"):
+            record = json.loads(path.read_text())
+            assert record["environment"]["commit"]
+            assert record["seed"] == run.config.seed == 0
+    agr, clip = (read_run(docs / "agr-small" / names[n]) for n in ("AGR", "AT + clip"))
+    for attack in ("clean", "pgd20", "fast"):
+        found = mcnemar(agr.attacks[attack].correct, clip.attacks[attack].correct)
+        assert re.search(rf"\b{found.gained}\s+and\s+{found.lost}\b", result), attack
