@@ -810,6 +810,7 @@ def test_the_pages_numbers_are_those_of_the_committed_records():
     result = (docs / "experiments.md").read_text().split("## Result")[1]
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", result, re.MULTILINE)
     names = {"AT": "at-0", "AT + clip": "at_clip-0", "AGR": "agr-0"}
+    names["AGR without clip"] = "agr_no_clip-0"
     assert [title for title, *_ in rows] == list(names)
     for title, *shown in rows:
         run = read_run(docs / "agr-small" / names[title])
