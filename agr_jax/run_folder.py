@@ -158,9 +158,12 @@ def check_data(folder: Path, digests: Mapping[str, str]) -> None:
         return
     try:
         record = json.loads(data_path(folder).read_text(encoding="utf-8"))
-        theirs, source = record["digests"], record["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{data_path(folder)} cannot be read: {error!r}") from error
+        theirs, source = record.get("digests", {}), record["source"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RunFolderError(
+            f"{data_path(folder)} cannot be read ({error!r}); without the file the run goes on, "
+            "and nobody compares its images"
+        ) from error
     differing = [name for name in digests if name in theirs and theirs[name] != digests[name]]
     if differing:
         raise RunFolderError(

@@ -237,6 +237,8 @@ def test_other_images_do_not_continue_a_run(tmp_path):
     run_folder.check_data(tmp_path, {})  # of a set whose digests nobody takes
     with pytest.raises(RunFolderError, match=r"other images \(from there; train differ\)"):
         run_folder.check_data(tmp_path, {"train": "b"})
+    run_folder.write_data_record(tmp_path, {"source": "there"})  # of an older version
+    run_folder.check_data(tmp_path, {"train": "b"})
     run_folder.data_path(tmp_path).write_text("[]")
     with pytest.raises(RunFolderError, match=r"data\.json cannot be read"):
         run_folder.check_data(tmp_path, {"train": "a"})

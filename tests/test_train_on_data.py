@@ -171,10 +171,9 @@ def test_streamed_equals_on_device_bit_for_bit(
     }
     if with_extra:
         overrides |= {"data__extra": str(extra), "data__extra_fraction": 0.25}
-    path = cifar10
-    assert train.run(small("cifar10", path, **overrides), tmp_path / "device") == 0
+    assert train.run(small("cifar10", cifar10, **overrides), tmp_path / "device") == 0
     assert "MB of images on each device" in capsys.readouterr().out
-    assert train.run(small("cifar10", path, **overrides, **STREAMED), tmp_path / "streamed") == 0
+    assert train.run(small("cifar10", cifar10, **overrides, **STREAMED), tmp_path / "streamed") == 0
     printed = capsys.readouterr().out
     assert "MB of images streamed to each device" in printed
     assert ("extra: 500 images" in printed) == with_extra
@@ -193,21 +192,20 @@ def test_streamed_equals_on_device_bit_for_bit(
 @needs_shared
 @pytest.mark.slow
 def test_a_run_may_go_on_with_another_budget(cifar10, tmp_path):
-    path, overrides = cifar10, {"data__train_examples": 400, "batch_size": 48}
-    assert train.run(small("cifar10", path, **overrides, epochs=1), tmp_path / "run") == 0
-    continued = small("cifar10", path, **overrides, epochs=2, **STREAMED)
+    overrides = {"data__train_examples": 400, "batch_size": 48}
+    assert train.run(small("cifar10", cifar10, **overrides, epochs=1), tmp_path / "run") == 0
+    continued = small("cifar10", cifar10, **overrides, epochs=2, **STREAMED)
     assert train.run(continued, tmp_path / "run") == 0
-    assert train.run(small("cifar10", path, **overrides, epochs=2), tmp_path / "whole") == 0
+    assert train.run(small("cifar10", cifar10, **overrides, epochs=2), tmp_path / "whole") == 0
     assert_bit_identical(variables_of(tmp_path / "run"), variables_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow  # every day one streams them, above
 @needs_shared
 def test_extra_images_change_the_run_and_are_recorded(cifar10, extra, tmp_path):
-    path = cifar10
     with_extra = {"data__extra": str(extra), "data__extra_fraction": 0.5}
-    assert train.run(small("cifar10", path), tmp_path / "without") == 0
-    assert train.run(small("cifar10", path, **with_extra), tmp_path / "with") == 0
+    assert train.run(small("cifar10", cifar10), tmp_path / "without") == 0
+    assert train.run(small("cifar10", cifar10, **with_extra), tmp_path / "with") == 0
     without, mixed = variables_of(tmp_path / "without"), variables_of(tmp_path / "with")
     assert any((without[name] != mixed[name]).any() for name in without)
     record = json.loads((tmp_path / "with/data.json").read_text())
@@ -216,15 +214,14 @@ def test_extra_images_change_the_run_and_are_recorded(cifar10, extra, tmp_path):
 
 @needs_shared
 def test_extra_images_and_their_share_need_each_other(cifar10, extra, tmp_path):
-    path = cifar10
     for overrides in ({"data__extra": str(extra)}, {"data__extra_fraction": 0.5}):
         with pytest.raises(ConfigError, match=r"config\.data\.extra_fraction: must be above 0 if"):
-            train.run(small("cifar10", path, **overrides), tmp_path / "run")
+            train.run(small("cifar10", cifar10, **overrides), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"config\.data\.extra_fraction: must be at least 0"):
-        small("cifar10", path, data__extra_fraction=1.0)
+        small("cifar10", cifar10, data__extra_fraction=1.0)
     missing = {"data__extra": "none.npz", "data__extra_fraction": 0.5}
     with pytest.raises(DataError, match=r"none\.npz: expected an \.npz file"):
-        train.run(small("cifar10", path, **missing), tmp_path / "run")
+        train.run(small("cifar10", cifar10, **missing), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

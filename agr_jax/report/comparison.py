@@ -84,9 +84,10 @@ def verdict(families: _Families, alone: Sequence[RunRecord] = ()) -> Table:
             change = _change(family.get("agr"), family.get("clip"), attack)
             answer = None if change is None else change >= least
             answers.append(answer)
-            size = "not run" if change is None else f"{change:+.2f}"
+            size = "not run"
             if change is not None:
-                size += _counts(family["agr"].attacks[attack], family["clip"].attacks[attack])
+                counts = _counts(family["agr"].attacks[attack], family["clip"].attacks[attack])
+                size = f"{change:+.2f}{counts}"
             shown.append(f"{named.title(attack)} {size}, at least {least:+.1f}: {_yes(answer)}")
         rows.append((f"{base}: AGR against AT + clip", "; ".join(shown)))
     answers += [None] * max(BASES - len(families), 0)
