@@ -125,8 +125,9 @@ def agr_transform(
     neither loss (Theorem 4.1).
 
     Reductions are float32 (float64 for float64 gradients) and scaled against under- and overflow.
-    Under `pmap` or `shard_map`, average *both* gradients over the devices first: the combination
-    is not linear.
+    Under `pmap`, and `shard_map` with `check_vma=False`, average *both* gradients over the devices
+    first: the combination is not linear. By default `shard_map` has summed the gradients of
+    replicated parameters already: there, average the loss inside `loss_fn`.
 
     .. warning::
         `optax.MultiSteps` and `optax.apply_if_finite` around a chain that takes `clean_grads=`
@@ -303,12 +304,14 @@ def clean_and_adversarial_grads(
     if aux is None:
         loss_and_grad = jax.value_and_grad(loss_fn)
         clean_loss, clean_grads = loss_and_grad(params, clean)
-        clean_grads, adversarial = jax.lax.optimization_barrier((clean_grads, adversarial))
+        # The gradients themselves go around the barrier, which would mark what is the same on all
+        # devices of a `shard_map` as different.
+        _, adversarial = jax.lax.optimization_barrier((clean_grads, adversarial))
         adversarial_loss, adversarial_grads = loss_and_grad(params, adversarial)
         return GradientPair(clean_grads, adversarial_grads), (clean_loss, adversarial_loss)
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (clean_loss, aux), clean_grads = loss_and_grad(params, clean, aux)
-    clean_grads, adversarial, aux = jax.lax.optimization_barrier((clean_grads, adversarial, aux))
+    _, adversarial = jax.lax.optimization_barrier((clean_grads, adversarial))
     (adversarial_loss, aux), adversarial_grads = loss_and_grad(params, adversarial, aux)
     return GradientPair(clean_grads, adversarial_grads), (clean_loss, adversarial_loss), aux
 

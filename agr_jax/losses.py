@@ -50,8 +50,10 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     diverse parameter-free attacks", ICML 2020, equation 6.
     """
     _need_classes(logits, 3, "dlr")
-    ordered = jnp.sort(logits, axis=-1)
-    return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+    wide = _wide(logits)
+    ordered = jnp.sort(wide, axis=-1)
+    ratio = margin(wide, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+    return ratio.astype(logits.dtype)
 
 
 def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
@@ -60,9 +62,10 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
     Source: as `dlr`, equation 7.
     """
     _need_classes(logits, 4, "targeted_dlr")
-    ordered = jnp.sort(logits, axis=-1)
+    wide = _wide(logits)
+    ordered = jnp.sort(wide, axis=-1)
     spread = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12
-    return (_pick(logits, targets) - _pick(logits, labels)) / spread
+    return (targeted_margin(wide, labels, targets) / spread).astype(logits.dtype)
 
 
 def targeted_margin(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
@@ -103,12 +106,13 @@ def boosted_cross_entropy(
     Source: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified
     Examples", ICLR 2020, equation 9; constants of its published code.
     """
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    best_other = jnp.argmax(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    is_best_other = jax.nn.one_hot(best_other, logits.shape[-1], dtype=bool)
-    remaining = jnp.sum(jnp.where(is_best_other, 0, jax.nn.softmax(logits)), axis=-1)
-    first = cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    return first - jnp.log(remaining + (1e-4 + 1e-12))
+    wide = _wide(logits)
+    is_label = jax.nn.one_hot(labels, wide.shape[-1], dtype=bool)
+    best_other = jnp.argmax(jnp.where(is_label, -jnp.inf, wide), axis=-1)
+    is_best_other = jax.nn.one_hot(best_other, wide.shape[-1], dtype=bool)
+    remaining = jnp.sum(jnp.where(is_best_other, 0, jax.nn.softmax(wide)), axis=-1)
+    first = cross_entropy(wide, labels, label_smoothing=label_smoothing)
+    return (first - jnp.log(remaining + (1e-4 + 1e-12))).astype(logits.dtype)
 
 
 def weighted_kl_divergence(
@@ -122,10 +126,16 @@ def weighted_kl_divergence(
     Source: as `boosted_cross_entropy`, equation 10.
     """
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    log_p = jax.nn.log_softmax(logits)
-    p, q = jnp.exp(log_p), jax.nn.softmax(other_logits)
+    log_p = jax.nn.log_softmax(_wide(logits))
+    p, q = jnp.exp(log_p), jax.nn.softmax(_wide(other_logits))
     unsure = 1e-7 + jnp.sum(jnp.where(is_label, 0, p), axis=-1)
-    return unsure * jnp.sum(p * (log_p - jnp.log(q + 1e-12)), axis=-1)
+    loss = unsure * jnp.sum(p * (log_p - jnp.log(q + 1e-12)), axis=-1)
+    return loss.astype(logits.dtype)
+
+
+def _wide(logits: jax.Array) -> jax.Array:
+    """At least float32: in float16 a guard of 1e-12 is 0."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _pick(values: jax.Array, labels: jax.Array) -> jax.Array:

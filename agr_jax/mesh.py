@@ -36,7 +36,16 @@ def prepare_backend(*, deterministic: bool) -> None:
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis over the given devices, by default all of them (over all processes)."""
+    """A mesh of one axis over the given devices, by default all of this process.
+
+    Raises:
+        ConfigError: if JAX was started over several processes, which runs are not made for.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"JAX runs in {jax.process_count()} processes: a run belongs to one process, with all "
+            "devices of its machine"
+        )
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices

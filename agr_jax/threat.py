@@ -263,10 +263,22 @@ def per_image(
     return jax.vmap(lambda k: draw(k, images.shape[1:]))(keys)
 
 
+def check_threat(field: str, threat: Any) -> None:
+    """Refuses what is no threat model, such as a bare radius.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not isinstance(threat, ThreatModel):
+        raise ValueError(f"{field} must be a threat model such as Linf(8 / 255), got {threat!r}")
+
+
 def _check_epsilon(threat: Linf | L2 | L1) -> None:
     if not (threat.epsilon >= 0 and math.isfinite(threat.epsilon)):
         name = type(threat).__name__
         raise ValueError(f"{name}.epsilon must be a finite number >= 0, got {threat.epsilon}")
+    # A NumPy scalar would widen narrower images.
+    object.__setattr__(threat, "epsilon", float(threat.epsilon))
 
 
 def flatten(images: jax.Array) -> jax.Array:

@@ -47,13 +47,17 @@ class LogitPairing(Method):
         clean_logits, _ = forward(params, batch_stats, batch.images)
         logits, batch_stats = forward(params, batch_stats, batch.adversarial)
         distance = jnp.mean((logits - clean_logits) ** 2)
-        loss = losses.cross_entropy(logits, batch.labels).mean() + self.weight * distance
+        cross_entropy = losses.cross_entropy(
+            logits, batch.labels, label_smoothing=self.label_smoothing
+        )
+        loss = cross_entropy.mean() + self.weight * distance
         return loss, Outcome(logits, batch_stats, {"logit_distance": distance})
 
 
 def create(config: Config) -> LogitPairing:
     """What `config.method` names: a function from the run's config to the method."""
-    return LogitPairing(training_attack(config.attack))
+    attack = training_attack(config.attack)
+    return LogitPairing(attack, label_smoothing=config.label_smoothing)
 
 
 def get_config(profile: str = "paper") -> ConfigDict:

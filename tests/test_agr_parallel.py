@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from agr_jax import GradientPair, agr_transform
+from agr_jax import GradientPair, agr_transform, clean_and_adversarial_grads
 
 COUNT = 4
 TRANSFORM = agr_transform(gop_start=0, gics_start=1)
@@ -103,6 +103,32 @@ def test_shard_map_averages_both_gradients_first(batch, mesh):
     assert_equal(run(first_average), expected)
     wrong = run(average_last)
     assert np.linalg.norm(wrong["w"] - expected[0]["w"]) > 0.3 * np.linalg.norm(expected[0]["w"])
+
+
+def test_gradients_taken_inside_shard_map(mesh):
+    """By default `shard_map` has summed them already; the README says what to do."""
+    rng = np.random.default_rng(2)
+    weights = np.float32(rng.normal(size=3))
+    clean, adversarial = np.float32(rng.normal(size=(2, 8, 3)))
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w))  # noqa: E731
+    expected, _ = clean_and_adversarial_grads(loss, weights, clean, adversarial)
+
+    def averaged_gradients(w, x, y):
+        return jax.lax.pmean(clean_and_adversarial_grads(loss, w, x, y)[0], "data")
+
+    def averaged_loss(w, x, y):
+        everywhere = lambda w, x: jax.lax.pmean(loss(w, x), "data")  # noqa: E731
+        return clean_and_adversarial_grads(everywhere, w, x, y)[0]
+
+    def run(function, **check):
+        specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+        mapped = jax.shard_map(function, mesh=mesh, **specs, **check)
+        return jax.jit(mapped)(weights, clean, adversarial)
+
+    assert_equal(run(averaged_gradients, check_vma=False), expected)
+    assert_equal(run(averaged_loss), expected)
+    wrong = run(averaged_gradients)
+    assert_equal(wrong, jax.tree.map(lambda g: mesh.size * g, expected))
 
 
 @pytest.mark.parametrize("spec", [P(), P("data")])

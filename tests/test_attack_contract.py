@@ -158,6 +158,44 @@ def test_wrong_inputs_are_named(name):
         attack(logits_fn, images, labels[:2], key)
     with pytest.raises(ValueError, match="labels must be integers"):
         attack(logits_fn, images, labels.astype(jnp.float32), key)
+    for wrong in (labels.at[0].set(5), labels.at[0].set(-1)):
+        with pytest.raises(
+            ValueError, match=r"labels must lie in \[0, 5\), .* got (-1 to|\d to 5)"
+        ):
+            attack(logits_fn, images, wrong, key)
+    with pytest.raises(ValueError, match="no images"):
+        attack(logits_fn, images[:0], labels[:0], key)
+
+
+def test_the_labels_check_traces_a_network_once():
+    logits_fn, images, labels = examples(3, (4, 4, 1), 5)
+    traces = []
+
+    def counted(x):
+        traces.append(x)
+        return logits_fn(x)
+
+    attack = pgd(Linf(0.1), steps=2)
+    attack(counted, images, labels, jax.random.key(0))
+    first = len(traces)
+    attack(counted, images, labels, jax.random.key(1))
+    assert len(traces) == first
+
+
+@pytest.mark.parametrize("name", ["restarts", "apgd", "fab", "square"])
+def test_a_gradient_of_nan_is_no_success(name):
+    """Logits that are finite, with a gradient that is NaN at every image."""
+    images = jnp.full([2, 4, 4, 1], 0.5)
+
+    def blind(x):
+        zero = x.mean((1, 2, 3)) - x.mean((1, 2, 3))
+        return jnp.stack([1 + jnp.where(zero == 0, 0.0, jnp.sqrt(zero)), 0 * zero, zero - 1], 1)
+
+    assert bool(jnp.isnan(jax.grad(lambda x: blind(x).sum())(images)).all())
+    labels = jnp.zeros(2, jnp.int32)
+    adversarial = ATTACKS[name](Linf(0.1))(blind, images, labels, jax.random.key(0))
+    check(Linf(0.1), images, adversarial)
+    np.testing.assert_array_equal(blind(adversarial).argmax(1), 0)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +216,11 @@ def test_wrong_inputs_are_named(name):
         (lambda: spsa(Linf(0.1), delta=0), r"SPSA\.delta"),
         (lambda: spsa(Linf(0.1), steps=0), r"SPSA\.steps"),
         (lambda: pgd(Linf(0.1), restarts=0), r"PGD\.restarts"),
+        (lambda: pgd(8 / 255), r"PGD\.threat must be a threat model .*, got 0\.03"),
+        (lambda: fgsm(8 / 255), r"FGSM\.threat"),
+        (lambda: mim(8 / 255), r"PGD\.threat"),
+        (lambda: spsa(8 / 255), r"SPSA\.threat"),
+        (lambda: ifgsm(Linf(0.1), steps=0), r"PGD\.steps must be at least 1, got 0"),
         (lambda: pgd(Linf(0.1), restarts=2, random_start=False), r"every restart is the same"),
         (lambda: autoattack(0.1), r"AutoAttack\.threat"),
         (lambda: autoattack(Linf(0.1), version="best"), r"AutoAttack\.version .* got 'best'"),

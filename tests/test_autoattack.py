@@ -216,6 +216,13 @@ def test_killed_and_started_again(small, undisturbed, tmp_path, monkeypatch, bat
     same(ATTACK.evaluate(*small, KEY, folder=tmp_path, progress=False), undisturbed)
 
 
+def test_a_list_of_attacks_and_a_folder_by_its_name(small, tmp_path):
+    attack = autoattack(Linf(0.02), version="custom", attacks=["apgd-ce"], batch_size=20)
+    assert attack == autoattack(Linf(0.02), version="custom", attacks=("apgd-ce",), batch_size=20)
+    attack.evaluate(*small, KEY, folder=str(tmp_path / "progress"), progress=False)
+    assert any((tmp_path / "progress").iterdir())
+
+
 def test_the_progress_of_another_evaluation_is_refused(small, tmp_path):
     logits_fn, images, labels = small
     quick = autoattack(Linf(0.02), version="custom", attacks=("apgd-ce",), batch_size=20)

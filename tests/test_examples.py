@@ -14,6 +14,7 @@ from examples import logit_pairing, own_classifier, own_images
 def small() -> ConfigDict:
     values = logit_pairing.get_config()
     values.epochs = 2
+    values.label_smoothing = 0.1
     values.batch_size = 64
     values.data.train_examples = 256
     values.attack.steps = 2
@@ -26,8 +27,9 @@ def small() -> ConfigDict:
 
 def test_logit_pairing_trains_with_agr(tmp_path):
     config = from_config_dict(small())
+    assert config.label_smoothing == 0.1
     assert methods.from_config(config) == logit_pairing.LogitPairing(
-        methods.training_attack(config.attack)
+        methods.training_attack(config.attack), label_smoothing=0.1
     )
     assert train.run(config, tmp_path) == 0
     for record in read_json_lines(tmp_path / "metrics.jsonl"):

@@ -223,6 +223,26 @@ def test_too_few_classes_are_refused(name, classes):
         LOSSES[name](jnp.zeros([1, classes]), *labels)
 
 
+FLAT, STEEP = [1.0, 1.0, 1.0, 1.0], [20.0, 0.0, 0.0, -20.0]
+
+
+@pytest.mark.parametrize("row", [FLAT, STEEP])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: losses.dlr(z, jnp.array([1])),
+        lambda z: losses.targeted_dlr(z, jnp.array([1]), jnp.array([0])),
+        lambda z: losses.boosted_cross_entropy(z, jnp.array([1])),
+        lambda z: losses.weighted_kl_divergence(z, -z, jnp.array([1])),
+    ],
+)
+def test_no_nan_in_float16(loss, row):
+    """In which the guards of 1e-12 are 0."""
+    value, gradient = jax.value_and_grad(lambda z: loss(z).sum())(jnp.asarray([row], jnp.float16))
+    assert value.dtype == gradient.dtype == jnp.float16
+    assert not bool(jnp.isnan(value) | jnp.isnan(gradient).any())
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_dtype_of_the_logits_is_kept(name, dtype):

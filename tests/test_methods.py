@@ -701,6 +701,32 @@ def create_nothing(config):
     return None
 
 
+def create_unequal(config):
+    """Two of these are never equal: each has a function of its own."""
+    attack = dataclasses.replace(
+        methods.training_attack(config.attack), loss=lambda z, y: 2 * losses.cross_entropy(z, y)
+    )
+    return methods.AdversarialTraining(attack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(methods.AdversarialTraining):
+    weights: object = None
+
+
+def create_unhashable(config):
+    return Weighted(methods.training_attack(config.attack), weights=[1.0, 2.0])
+
+
+class Sharp(methods.AdversarialTraining):
+    def gradient_points(self, forward, params, batch_stats, batch):
+        return params, jax.tree.map(lambda w: 1.01 * w, params)
+
+
+def create_sharp(config):
+    return Sharp(methods.training_attack(config.attack))
+
+
 def own(function, **awp):
     values = recipe("digits", "at", "paper")
     values.method = f"{__name__}:{function}"
@@ -715,6 +741,23 @@ def test_a_method_of_your_own():
     assert perturbed == AdversarialWeightPerturbation(expected, gamma=0.02)
 
 
+def test_a_method_of_your_own_is_the_same_in_every_epoch():
+    """Else every epoch would compile the step again."""
+    config = own("create_unequal")
+    assert create_unequal(config) != create_unequal(config)
+    assert methods.from_config(config, 0) is methods.from_config(config, 1)
+    assert methods.from_config(own("create_unequal"), 2) is methods.from_config(config, 1)
+    assert methods.from_config(dataclasses.replace(config, seed=1)) != methods.from_config(config)
+
+
+def test_what_awp_cannot_heed_is_refused():
+    assert methods.from_config(own("create_sharp")) == create_sharp(own("create_sharp"))
+    with pytest.raises(ConfigError, match=r"config\.awp\.enabled: Sharp says itself where"):
+        methods.from_config(own("create_sharp", enabled=True))
+    with pytest.raises(ValueError, match=r"label_smoothing \(0\.1\) belongs to the method"):
+        AdversarialWeightPerturbation(AT, label_smoothing=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -722,6 +765,7 @@ def test_a_method_of_your_own():
         (f"{__name__}.within:create", "cannot import .* is not a package"),
         (f"{__name__}:create_other", "cannot import .* has no attribute 'create_other'"),
         (f"{__name__}:create_nothing", r"must return an agr_jax\.methods\.Method, got NoneType"),
+        (f"{__name__}:create_unhashable", r"returns cannot be hashed \(unhashable type: 'list'"),
         ("builtins:str", r"builtins:str must return an agr_jax\.methods\.Method, got str"),
     ],
 )

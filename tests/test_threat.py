@@ -177,6 +177,14 @@ def test_l1_steps_along_the_largest_entries(images, sparsity, kept):
 
 
 @pytest.mark.parametrize("kind", [Linf, L2, L1])
+def test_a_numpy_radius_widens_nothing(kind):
+    threat, images = kind(np.float32(0.1)), jnp.full([1, 2, 2, 1], 0.5, jnp.bfloat16)
+    assert threat == kind(float(np.float32(0.1)))
+    assert threat.project(images + 1, images).dtype == jnp.bfloat16
+    assert threat.random_start(jax.random.key(0), images).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", [Linf, L2, L1])
 @pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf")])
 def test_epsilon_is_checked(kind, epsilon):
     with pytest.raises(ValueError, match=f"{kind.__name__}.epsilon must be a finite number >= 0"):

@@ -22,6 +22,7 @@ from agr_jax.attacks.attack import (
     check_inputs,
     likeliest_wrong_class,
     loop_on_device,
+    misclassified,
 )
 from agr_jax.threat import L1, L2, Linf, expand, flatten, gaussian_noise, image_keys, per_image
 
@@ -108,8 +109,9 @@ class APGD:
         Raises:
             ValueError: if images or labels have the wrong dtype, shape or range.
         """
-        check_inputs(images, labels)
-        return _run_all(self, as_pytree(logits_fn), images, labels, key)
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, None if self.draws else logits_fn)
+        return _run_all(self, logits_fn, images, labels, key)
 
     def units(self, num_classes: int) -> int:
         """Number of runs: restarts, times target classes."""
@@ -180,10 +182,9 @@ class APGD:
             target_classes: `[batch]` integers, which a targeted loss gets.
             warm: under L1, take the first sparsity from the start, as after another radius.
         """
-        check_inputs(images, labels)
-        return _trajectory(
-            self, as_pytree(logits_fn), images, labels, start, target_classes, warm=warm
-        )
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, logits_fn)
+        return _trajectory(self, logits_fn, images, labels, start, target_classes, warm=warm)
 
 
 class Trajectory(NamedTuple):
@@ -226,7 +227,7 @@ class _Objective:
         def total(points: jax.Array, *key: jax.Array) -> tuple[jax.Array, Any]:
             logits = logits_fn(points, *key)
             loss = self.loss(logits).astype(points.dtype)
-            return loss.sum(), (loss, jnp.argmax(logits, axis=1) != self.labels)
+            return loss.sum(), (loss, misclassified(logits, self.labels))
 
         evaluate = jax.value_and_grad(total, has_aux=True)
         if not self.attack.draws:
@@ -394,7 +395,8 @@ def _begin(step: _Step, logits_fn: LogitsFn, start: jax.Array) -> tuple[_State, 
     loss, wrong, gradient = step.objective.at(logits_fn, start, 0)
     found = Found(start, wrong, start, loss, gradient)
     state = _State(start, gradient, found, step.rule.begin(step.images, start, loss))
-    return state, ~jnp.any(flatten(gradient) != 0, axis=1)
+    flat = flatten(gradient)
+    return state, ~jnp.any(flat != 0, axis=1) | jnp.any(jnp.isnan(flat), axis=1)
 
 
 def _update(

@@ -142,13 +142,20 @@ class _WithConstants:
         return logits
 
 
-def check_inputs(images: jax.Array, labels: jax.Array) -> None:
+def check_inputs(images: jax.Array, labels: jax.Array, logits_fn: LogitsFn | None = None) -> None:
     """Refuses images and labels that no attack can mean.
 
     Values are looked at only outside `jit`, where they are known.
 
+    Args:
+        images: see any attack.
+        labels: see any attack.
+        logits_fn: a pytree whose classes the labels must be among; `None` where that is checked
+            elsewhere. It is traced, not run.
+
     Raises:
-        ValueError: images not floating or outside [0, 1], labels not integers or not one per image.
+        ValueError: no images, images not floating or outside [0, 1], labels not integers, not one
+            per image, or no class of the network.
     """
     images, labels = _as_array(images), _as_array(labels)
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -158,6 +165,10 @@ def check_inputs(images: jax.Array, labels: jax.Array) -> None:
             f"labels must be integers of shape {images.shape[:1]}, "
             f"got {labels.dtype} of shape {labels.shape}"
         )
+    if not labels.size:
+        raise ValueError("there are no images to attack")
+    if logits_fn is not None and not isinstance(labels, jax.core.Tracer):
+        check_labels(labels, _call.eval_shape(logits_fn, images).shape[-1])
     if isinstance(images, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # images may be constants of a program that is traced
@@ -166,8 +177,33 @@ def check_inputs(images: jax.Array, labels: jax.Array) -> None:
         raise ValueError(f"images must lie in [0, 1], got values from {low} to {high}")
 
 
+@jax.jit
+def _call(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
+    """Under `jit` so that a network's shapes are found once."""
+    return logits_fn(images)
+
+
+def check_labels(labels: jax.Array | np.ndarray, num_classes: int) -> None:
+    """Refuses labels that are no class.
+
+    Raises:
+        ValueError: naming the range found.
+    """
+    with jax.ensure_compile_time_eval():
+        low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), the network's classes, got {low} to {high}"
+        )
+
+
 def _as_array(value: Any) -> Any:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Where the prediction is not the label, `[batch]`; NaN logits are no prediction."""
+    return (jnp.argmax(logits, axis=1) != labels) & ~jnp.isnan(logits).any(axis=1)
 
 
 def likeliest_wrong_class(logits: jax.Array, labels: jax.Array, rank: jax.Array | int) -> jax.Array:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,8 @@ class AutoAttack:
                 'AutoAttack.attacks goes with version="custom", and only with it, got '
                 f"{self.attacks} with {self.version!r}"
             )
+        # A list would be no key of a compiled program.
+        object.__setattr__(self, "attacks", tuple(self.attacks))
         unknown = [name for name in self.attacks if name not in ATTACKS]
         if unknown or len(set(self.attacks)) != len(self.attacks):
             raise ValueError(
@@ -124,7 +127,7 @@ class AutoAttack:
         labels: Any,
         key: jax.Array,
         *,
-        folder: Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
         on: Mesh | None = None,
         progress: bool = True,
     ) -> AutoAttackResult:
@@ -159,7 +162,7 @@ class AutoAttack:
             raise ValueError(f"key must be one key, got shape {key.shape}")
         with jax.default_matmul_precision("float32"):
             run = Run(self, as_pytree(logits_fn), images, labels, key, on)
-            return run.evaluate(folder, progress)
+            return run.evaluate(None if folder is None else Path(folder), progress)
 
     def make(self, name: str, num_classes: int) -> APGD | FAB | Square:
         """One attack of the sequence, for a number of classes."""
@@ -203,7 +206,5 @@ def _as_arrays(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     wide = np.float64 if dtype == np.float64 and jax.config.read("jax_enable_x64") else np.float32
     images, labels = np.asarray(images, wide), np.asarray(labels)
-    if not len(labels):
-        raise ValueError("there are no images to attack")
     check_inputs(jnp.asarray(images), labels)
     return images, labels.astype(np.int32)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from agr_jax.attacks.attack import LogitsFn
 
@@ -41,19 +40,6 @@ def check_logits(logits: jax.Array, examples: int) -> None:
         )
     if not bool(jnp.isfinite(logits).all()):
         raise ValueError("logits_fn returns NaN or infinite logits for clean images")
-
-
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Refuses labels that are no class.
-
-    Raises:
-        ValueError: naming the range found.
-    """
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}), the network's classes, got {low} to {high}"
-        )
 
 
 def check_batch_independence(logits_fn: LogitsFn, images: jax.Array) -> None:

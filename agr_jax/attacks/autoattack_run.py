@@ -16,7 +16,7 @@ from agr_jax import mesh
 from agr_jax.attacks import autoattack_checks as checks
 from agr_jax.attacks import packing
 from agr_jax.attacks.apgd import APGD
-from agr_jax.attacks.attack import LogitsFn, loop_from_host
+from agr_jax.attacks.attack import LogitsFn, check_labels, loop_from_host
 from agr_jax.attacks.autoattack_result import AutoAttackResult
 from agr_jax.attacks.fab import FAB
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
@@ -106,7 +106,7 @@ class Run:
             checks.check_logits(logits, shape)
             all_logits.append(np.asarray(logits)[: len(rows)])
         logits = np.concatenate(all_logits)
-        checks.check_labels(self.labels, logits.shape[1])
+        check_labels(self.labels, logits.shape[1])
         # Four digits tell networks apart, and survive another order of a sum.
         moments = np.abs(logits).mean(), logits.std(), logits[0].max(), logits[-1].max()
         self.clean_logits = [f"{moment:.4g}" for moment in moments]

@@ -100,8 +100,9 @@ class FAB:
         The distance is 0 where the image itself is misclassified; where nothing was found it is
         infinite, and the point is the image. Arguments and errors as `__call__`.
         """
-        check_inputs(images, labels)
-        return _nearest(self, as_pytree(logits_fn), images, labels, key)
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, logits_fn)
+        return _nearest(self, logits_fn, images, labels, key)
 
     def units(self, num_classes: int) -> int:
         """Number of runs: restarts, times target classes."""

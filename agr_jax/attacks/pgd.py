@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from agr_jax import losses
-from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs
-from agr_jax.threat import L1, ThreatModel, expand, gaussian_noise, image_keys
+from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs, misclassified
+from agr_jax.threat import L1, ThreatModel, check_threat, expand, gaussian_noise, image_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,8 @@ class PGD:
     """Projected gradient ascent on a loss, for a fixed number of steps; returns the last iterate.
 
     With restarts it returns, image by image, the first restart's that is misclassified, or else the
-    one of highest loss.
+    one of highest loss. Where the network's gradient is NaN, so is the image: a failure of the
+    network is not taken for robustness.
 
     Called as `attack(logits_fn, images, labels, key)`; the iterations are one `lax.fori_loop` under
     `jit`. A plain `logits_fn` is part of the compiled program's identity: pass the same function
@@ -67,6 +68,7 @@ class PGD:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        check_threat("PGD.threat", self.threat)
         if self.steps < 1:
             raise ValueError(f"PGD.steps must be at least 1, got {self.steps}")
         if self.restarts < 1:
@@ -106,15 +108,29 @@ class PGD:
         Raises:
             ValueError: if images or labels have the wrong dtype, shape or range.
         """
-        check_inputs(images, labels)
-        return _run_pgd(self, as_pytree(logits_fn), images, labels, key)
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, logits_fn)
+        return _run_pgd(self, logits_fn, images, labels, key)
 
     def from_start(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, start: jax.Array
     ) -> jax.Array:
         """The same, from given points `start` instead of a random one."""
-        check_inputs(images, labels)
-        return _ascend(self, as_pytree(logits_fn), images, labels, start)
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, logits_fn)
+        return _ascend(self, logits_fn, images, labels, start)
+
+
+def too_short(attack: PGD) -> str | None:
+    """A message where all steps together are shorter than the ball's radius."""
+    steps, radius = attack.steps, attack.threat.epsilon
+    if attack.step_size is None or steps * attack.step_size >= 0.999 * radius:
+        return None
+    return (
+        f"{steps} steps of {attack.step_size:.4g} go {steps * attack.step_size:.4g} from where "
+        f"they start, in a ball of radius {radius:.4g}: a weak attack; steps of 2.5 times the "
+        f"radius over their number, {2.5 * radius / steps:.4g}, are usual"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +147,15 @@ class FGSM:
     threat: ThreatModel
     loss: LossFn = losses.cross_entropy
 
+    def __post_init__(self) -> None:
+        check_threat("FGSM.threat", self.threat)
+
     def __call__(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
         """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
         if self.threat.epsilon == 0:
+            check_inputs(images, labels)
             return images
         step = PGD(self.threat, 1, self.threat.epsilon, random_start=False, loss=self.loss)
         return step(logits_fn, images, labels, key)
@@ -156,7 +176,8 @@ def mim(
 
     Source: Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, algorithm 1.
     """
-    if step_size is None:
+    check_threat("PGD.threat", threat)
+    if step_size is None and steps >= 1:
         step_size = threat.epsilon / steps or None
     return PGD(threat, steps=steps, step_size=step_size, random_start=False, momentum=momentum)
 
@@ -186,7 +207,7 @@ def _run_pgd(
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         new_points = _from_random_start(attack, logits_fn, images, labels, own)
         logits = logits_fn(new_points)
-        wrong = jnp.argmax(logits, axis=1) != labels
+        wrong = misclassified(logits, labels)
         new_loss = attack.loss(logits, targets).astype(images.dtype)
         better = ~fooled & (wrong | (new_loss > loss))
         return (

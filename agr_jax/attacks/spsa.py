@@ -13,7 +13,7 @@ from jax import lax
 
 from agr_jax import losses
 from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs
-from agr_jax.threat import ThreatModel, image_keys
+from agr_jax.threat import ThreatModel, check_threat, image_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class SPSA:
     directions_at_once: int = 16
 
     def __post_init__(self) -> None:
+        check_threat("SPSA.threat", self.threat)
         for name in ("steps", "directions_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SPSA.{name} must be at least 1, got {getattr(self, name)}")
@@ -83,8 +84,9 @@ class SPSA:
         Raises:
             ValueError: if images or labels have the wrong dtype, shape or range.
         """
-        check_inputs(images, labels)
-        return _run(self, as_pytree(logits_fn), images, labels, key)
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, logits_fn)
+        return _run(self, logits_fn, images, labels, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -79,9 +79,10 @@ class Square:
         Raises:
             ValueError: if images or labels have the wrong dtype, shape or range.
         """
-        check_inputs(images, labels)
+        logits_fn = as_pytree(logits_fn)
+        check_inputs(images, labels, logits_fn)
         _check_shape(images)
-        return _run(self, as_pytree(logits_fn), images, labels, key)
+        return _run(self, logits_fn, images, labels, key)
 
     def units(self, num_classes: int) -> int:
         """One: there are no restarts."""

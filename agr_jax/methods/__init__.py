@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -50,9 +51,12 @@ def from_config(config: Config, epoch: int | None = None) -> Method:
     method = _without_perturbation(config)
     awp = config.awp
     if awp.enabled and (epoch is None or epoch >= awp.start_epoch):
-        return AdversarialWeightPerturbation(
-            method, gamma=awp.gamma, clean_gradient_at=awp.clean_gradient_at
-        )
+        try:
+            return AdversarialWeightPerturbation(
+                method, gamma=awp.gamma, clean_gradient_at=awp.clean_gradient_at
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.awp.enabled: {error}") from error
     return method
 
 
@@ -88,8 +92,12 @@ def _without_perturbation(config: Config) -> Method:
     raise ConfigError(f"config.method: no such method {config.method!r}")
 
 
+@functools.lru_cache(maxsize=8)
 def _imported(config: Config) -> Method:
-    """Calls the function that `config.method` names, `MODULE:FUNCTION`, with the config."""
+    """Calls the function that `config.method` names, `MODULE:FUNCTION`, with the config.
+
+    Once for a config: methods from two calls need not be equal, and each would be compiled.
+    """
     module_name, _, name = config.method.partition(":")
     try:
         create: Any = getattr(importlib.import_module(module_name), name)
@@ -101,6 +109,13 @@ def _imported(config: Config) -> Method:
             f"config.method: {config.method} must return an agr_jax.methods.Method, "
             f"got {type(method).__name__}"
         )
+    try:
+        hash(method)
+    except TypeError as error:
+        raise ConfigError(
+            f"config.method: what {config.method} returns cannot be hashed ({error}): a method is "
+            "a constant of the compiled step, so let its fields be numbers, strings and tuples"
+        ) from error
     return method
 
 

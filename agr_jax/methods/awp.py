@@ -41,6 +41,17 @@ class AdversarialWeightPerturbation(Method):
     gamma: float = 0.01
     clean_gradient_at: CleanGradientAt = "unperturbed"
 
+    def __post_init__(self) -> None:
+        if type(self.method).gradient_points is not Method.gradient_points:
+            raise ValueError(
+                f"{type(self.method).__name__} says itself where its gradients are taken "
+                "(gradient_points): AWP would not heed it"
+            )
+        if self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing ({self.label_smoothing}) belongs to the method that AWP perturbs"
+            )
+
     def adversarial_images(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
