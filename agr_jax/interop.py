@@ -55,6 +55,8 @@ _LEAVES = {
     "var": "running_var",
 }
 _COUNTER = "num_batches_tracked"
+# What RobustBench's networks and its ImageNormalizer call the buffers of their normalisation.
+_MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
 _UNUSED = "sub_block1."  # TRADES' WideResNet has this stage, and no forward pass goes through it
 _SAFETENSORS_KEY, _NPZ_KEY = "agr_jax", "__metadata__"
 _SAFETENSORS_FLOATS = ("F16", "F32", "F64")  # those that NumPy has too
@@ -102,8 +104,9 @@ def load_torch_weights(
         name: `"preactresnet18"` or `"wrn<depth>_<widen factor>"`, for files that must hold this
             network and no other.
         mean: input mean per channel (or one for all), for images in [0, 1], subtracted inside the
-            network. Required where the file does not say it, as files that PyTorch wrote; where
-            it does, the two must be equal.
+            network. Required where the file does not say it, as most that PyTorch wrote; where it
+            does, in its metadata or in buffers `mean` and `std` (or `mu` and `sigma`, as in
+            RobustBench), the two must be equal.
         std: input standard deviation, as `mean`.
         conv: see `models.create`.
         dtype: dtype of the computation.
@@ -126,6 +129,7 @@ def load_torch_weights(
     """
     path = Path(path)
     found, about = _read(path)
+    found, buffers = _without_normalisation(found)
     found, prefix = _with_plain_names(found)
     shapes = {tensor: value.shape for tensor, value in found.items()}
     note = f" (names without their prefix {prefix!r})" if prefix else ""
@@ -151,7 +155,8 @@ def load_torch_weights(
     with np.errstate(over="ignore"):  # infinities are reported by name
         found = {tensor: value.astype(param_dtype, copy=False) for tensor, value in found.items()}
     _check_finite(path, found)
-    mean, std = _normalisation(path, about, mean, std, channels)
+    known = buffers if about is None else (about.mean, about.std)
+    mean, std = _normalisation(path, known, mean, std, channels)
 
     def ours(leaf_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         value = found[_torch_name(leaf_path)]
@@ -338,24 +343,40 @@ def _with_plain_names(found: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarra
     return found, prefix
 
 
+def _without_normalisation(
+    found: dict[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """Takes out the buffers of a normalisation, if there is one: the others, (mean, std)."""
+
+    def called(names: Sequence[str]) -> list[str]:
+        return [tensor for tensor in found if tensor.rpartition(".")[2] in names]
+
+    means, stds = called(_MEANS), called(_STDS)
+    if len(means) != 1 or len(stds) != 1:
+        return found, None
+    mean, std = (tuple(map(float, found[tensor].ravel())) for tensor in (means[0], stds[0]))
+    rest = {name: value for name, value in found.items() if name not in (means[0], stds[0])}
+    return rest, (mean, std)
+
+
 def _normalisation(
     path: Path,
-    about: _About | None,
+    known: tuple[tuple[float, ...], tuple[float, ...]] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     channels: int,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std, from the file or from the caller, checked."""
     agreed = []
-    for name, given in (("mean", mean), ("std", std)):
+    for index, (name, given) in enumerate((("mean", mean), ("std", std))):
         values = None if given is None else tuple(float(value) for value in given)
-        said = None if about is None else getattr(about, name)
+        said = None if known is None else known[index]
         if said is None and values is None:
             raise CheckpointError(
                 f"{path}: normalisation does not travel in this file; pass mean= and std=, e.g. "
                 f"{(0,) * channels}, {(1,) * channels} if the network normalises nothing"
             )
-        if said and values and _for_each(values, channels) != _for_each(said, channels):
+        if said and values and not _equal(values, said):
             raise CheckpointError(
                 f"{path}: {name}={values} was passed, the file says {said}; leave {name}= out"
             )
@@ -371,8 +392,11 @@ def _normalisation(
     return agreed[0], agreed[1]
 
 
-def _for_each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    return values * channels if len(values) == 1 else values
+def _equal(values: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """To float32, in which buffers are kept; one number stands for all channels."""
+    if len(values) != len(others) and 1 not in (len(values), len(others)):
+        return False
+    return np.allclose(values, others, rtol=1e-6, atol=0)
 
 
 # ---- checks and messages
@@ -435,6 +459,7 @@ def _suffix(path: Path, *, writing: bool) -> str:
         f"{path}: a pickled file can run any program and is never read; convert it once, where "
         "PyTorch is (`import safetensors.torch, torch`):\n"
         f"    state = torch.load({str(path)!r}, map_location='cpu', weights_only=True)\n"
+        "    state = state.get('state_dict', state)\n"
         "    safetensors.torch.save_file("
         f"{{name: value.contiguous() for name, value in state.items()}}, {new!r})"
     )

@@ -279,6 +279,15 @@ def test_an_incomplete_official_folder_names_its_missing_files(tmp_path):
             load_dataset("cifar10", directory=str(directory))
 
 
+def test_the_pickle_version_does_not_stop_the_download(tmp_path, monkeypatch):
+    (tmp_path / "cwd/data/cifar-10-batches-py").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(sources, "fetch", lambda official: asked.append(official.name) or tmp_path)
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert sources.find(OFFICIAL["cifar10"], None, may_download=True) == tmp_path
+    assert asked == ["cifar10"]
+
+
 def test_the_pickle_version_is_named(tmp_path):
     pickled = tmp_path / "cwd/data/cifar-10-batches-py"
     pickled.mkdir(parents=True)

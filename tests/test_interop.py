@@ -429,7 +429,7 @@ def test_pickles_are_never_read_or_written(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     message = refused(path, "never read", "safetensors.torch.save_file", "torch.load")
-    assert len(message.splitlines()) == 3
+    assert len(message.splitlines()) == 4
     path.unlink()
     with pytest.raises(CheckpointError, match=r"no pickled file is written; save to .*\.load_file"):
         save_torch_weights(path, *network("wrn10_1"))
@@ -502,6 +502,28 @@ def test_normalisation_must_not_contradict_the_file(small, tmp_path):
     save_torch_weights(path, model, variables)
     refused(path, "mean=(0.0, 0.0, 0.0) was passed, the file says (0.4914", mean=(0, 0, 0), std=STD)
     refused(path, "leave std= out", std=(1,))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "mean", "std"),
+    [
+        ("", "mu", "sigma"),  # RobustBench's networks
+        ("model.", "normalize.mean", "normalize.std"),  # RobustBench's normalize_model
+        ("1.", "0.mean", "0.std"),
+    ],
+)
+def test_buffers_of_a_normalisation_are_read(wide, prefix, mean, std, tmp_path):
+    tensors = {f"{prefix}{name}": value for name, value in wide.items()}
+    for name, values in ((mean, MEAN), (std, STD)):
+        tensors[name] = np.reshape(values, (1, 3, 1, 1)).astype(np.float32)
+    path = write(tmp_path / "weights.npz", tensors)
+    own = load_torch_weights(path)
+    np.testing.assert_allclose(own.model.mean, MEAN, rtol=1e-6)
+    np.testing.assert_allclose(own.model.std, STD, rtol=1e-6)
+    assert load_torch_weights(path, mean=MEAN, std=STD).model == own.model
+    refused(path, "was passed, the file says (0.4914", mean=(0.0,), std=STD)
+    tensors[std] = np.zeros(3, np.float32)
+    refused(write(path, tensors), "std must be 1 or 3 numbers, positive and finite")
 
 
 # ---- errors on writing
@@ -685,13 +707,13 @@ def test_what_pytorch_writes_is_read(trained, suffix, wrapper, tmp_path):
     assert_close(jax.jit(lambda c, x: c(x))(classifier, IMAGES), torch_logits(torch, net))
 
 
-def test_the_two_lines_of_the_error_convert_a_pickle(trained, tmp_path):
+def test_the_lines_of_the_error_convert_a_pickle(trained, tmp_path):
     torch, _, net = trained
     import safetensors.torch
 
     path = tmp_path / "weights.pt"
     net = net.to(memory_format=torch.channels_last)  # strided weights
-    torch.save(net.state_dict(), path)
+    torch.save({"state_dict": net.state_dict(), "epoch": 3}, path)
     _, *lines = refused(path, "`import safetensors.torch, torch`").splitlines()
     exec("\n".join(line.strip() for line in lines), {"safetensors": safetensors, "torch": torch})  # noqa: S102
     classifier = load_torch_weights(path.with_suffix(".safetensors"), **PLAIN)

@@ -230,7 +230,7 @@ def find(official: Official, directory: str | None, *, may_download: bool = Fals
         if base.name in official.unreadable:
             unreadable.append(str(base))
     failed = ""
-    if may_download and directory is None and not unreadable:
+    if may_download and directory is None:
         try:
             return fetch(official)
         except DownloadError as error:
