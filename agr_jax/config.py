@@ -261,11 +261,11 @@ class EvalConfig:
     """The row that is printed after training.
 
     Attributes:
-        attacks: names such as `clean`, `pgd20`, `cw20`, `pgd20@l2`, `autoattack`, `table1`; all are
+        attacks: names such as `clean`, `pgd20`, `pgd20@l2`, `pgd20@linf=16/255`, `table1`; all are
             listed in `agr_jax.attacks.named`.
         examples: the first n images of the test set; 0 for all.
         batch_size: images per batch; changes the speed, not the result.
-        step_size: of PGD under the run's norm; under others it is 2.5 epsilon over the steps.
+        step_size: of PGD in the run's ball; in others it is 2.5 epsilon over the steps.
         every_epochs: how often the held-out split is attacked with the training attack.
         checkpoints: of `last`, `best` and `average`, as far as the run has them.
         l2_epsilon: radius of `@l2` attacks, where the run's norm is another.

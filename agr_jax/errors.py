@@ -30,4 +30,4 @@ class OtherEvaluationError(EvaluationStateError):
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """A loss that became NaN or infinite."""
+    """A loss, or its gradient, that became NaN or infinite."""

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 import agr_jax
 from agr_jax import checkpoints, mesh, models, run_folder
 from agr_jax import config as config_module
-from agr_jax.attacks import Attack, AutoAttack, named
+from agr_jax.attacks import PGD, Attack, AutoAttack, named
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
+from agr_jax.attacks.pgd import too_short
 from agr_jax.config import Config
 from agr_jax.data import Dataset, Split, load_dataset, to_unit_range
 from agr_jax.data.batches import evaluation_batches
-from agr_jax.errors import CheckpointError, ConfigError, OtherEvaluationError
+from agr_jax.errors import CheckpointError, ConfigError, NonFiniteLossError, OtherEvaluationError
 from agr_jax.image_masks import encode_mask
 from agr_jax.metrics import Progress, write_atomically
 from agr_jax.models import Classifier
@@ -79,6 +80,9 @@ def correct_under_attack(
 
     Returns:
         Booleans `[examples]`.
+
+    Raises:
+        NonFiniteLossError: if the attack's images are NaN.
     """
     batch_size = min(batch_size, len(split.labels))
     batch_size += -batch_size % on.size
@@ -99,7 +103,12 @@ def correct_under_attack(
             (split.images[rows], split.labels[rows], keys), mesh.batch_sharding(on)
         )
         with jax.default_matmul_precision("float32"):
-            correct = _correct(attack, classifier, *batch)
+            correct, defined = _correct(attack, classifier, *batch)
+        if not bool(defined.all()):
+            raise NonFiniteLossError(
+                f"{type(attack).__name__} returned images that are NaN, of the {batch_size} from "
+                f"{start} on: the network's gradient is NaN there, which no robustness is told from"
+            )
         masks.append(np.asarray(correct)[: stop - start])
         if journal is not None:
             record = BatchRecord.of_mask(
@@ -118,11 +127,13 @@ def _correct(
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Which images are classified correctly, and which are images at all."""
     inputs = to_unit_range(images)
     if attack is not None:
         inputs = attack(classifier, inputs, labels, keys)
-    return jnp.argmax(classifier(inputs), axis=-1) == labels
+    correct = jnp.argmax(classifier(inputs), axis=-1) == labels
+    return correct, ~jnp.isnan(inputs).reshape(len(labels), -1).any(1)
 
 
 def evaluate_run(
@@ -137,9 +148,10 @@ def evaluate_run(
     """Evaluates checkpoints of a run on the test set, and saves `evaluations/<which>.json`.
 
     With fewer than all test images the file is `<which>-first<n>.json`, so that it never replaces
-    the whole evaluation; a label comes before that, `<which>-<label>-first<n>.json`. What is done
-    is kept batch by batch: the same call continues an evaluation that was killed, and ends with
-    the same result.
+    the whole evaluation; a label comes before that, `<which>-<label>-first<n>.json`. Other attacks
+    that the file has of the same network, images, seed and settings stay in it, each with the
+    `environment` that it ran in. What is done is kept batch by batch: the same call continues an
+    evaluation that was killed, and ends with the same result.
 
     Args:
         folder: the run folder.
@@ -186,15 +198,21 @@ def evaluate_run(
             "examples": examples,
             "seed": config.seed,
             "threat": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
+            "digests": {
+                "network": digest(classifier),
+                "images": digest([split.images, split.labels]),
+            },
             "attacks": {},
             **provenance(config, on),
         }
+        path = run_folder.evaluations_path(folder) / f"{name}{subset}.json"
+        record["attacks"] = _earlier_attacks(path, record)
         # What is done of attacks that are not asked for now stays there.
         unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
         with run_folder.locked(unfinished):
             for attack_name, attack in attacks.items():
                 arguments = attack_name, attack, classifier, split, config, on
-                done = unfinished / attack_name
+                done = unfinished / attack_name.replace("/", "-")
                 try:
                     found = _evaluate_attack(*arguments, done)
                 except OtherEvaluationError as error:
@@ -202,16 +220,37 @@ def evaluate_run(
                     shutil.rmtree(done)
                     found = _evaluate_attack(*arguments, done)
                 record["attacks"][attack_name] = found
-            write_atomically(
-                run_folder.evaluations_path(folder) / f"{name}{subset}.json",
-                json.dumps(record, indent=2) + "\n",
-            )
+            write_atomically(path, json.dumps(record, indent=2) + "\n")
             for attack_name in attacks:
-                shutil.rmtree(unfinished / attack_name, ignore_errors=True)
+                shutil.rmtree(unfinished / attack_name.replace("/", "-"), ignore_errors=True)
             if {path.name for path in unfinished.iterdir()} == {".lock"}:
                 shutil.rmtree(unfinished)
         records.append(record)
     return records
+
+
+def _earlier_attacks(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file has of the same checkpoint under the same settings, with its environment."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        settings, ours = (each["config"]["eval"] for each in (earlier, record))
+        same = all(earlier.get(n) == record[n] for n in ("step", "seed", "threat", "digests"))
+        same &= all(settings[n] == ours[n] for n in ("step_size", "l2_epsilon", "l1_epsilon"))
+        attacks, environment = dict(earlier["attacks"]), earlier["environment"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        print(f"{path} is damaged, and is replaced", flush=True)
+        return {}
+    if same:
+        return {n: {"environment": environment, **entry} for n, entry in attacks.items()}
+    if earlier.get("step") == record["step"]:
+        print(
+            f"{path} is of other settings, images or weights: its {', '.join(attacks)} are "
+            "replaced",
+            flush=True,
+        )
+    return {}
 
 
 def _evaluate_attack(
@@ -258,6 +297,8 @@ def _evaluate_attack(
             "accuracy": float(correct.mean()),
             "settings": settings,
         }
+        if isinstance(attack, PGD) and (message := too_short(attack)):
+            found["warnings"] = [message]
     # Seconds of this start alone: a continued evaluation does not repeat what was done.
     found["correct_images"] = encode_mask(correct)
     return {**found, "wall_seconds": round(time.perf_counter() - started, 2)}
@@ -364,14 +405,17 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as a Markdown table, accuracies in percent."""
     if not records:
         raise CheckpointError("nothing was evaluated")
-    names = list(records[0]["attacks"])
+    names = list(dict.fromkeys(name for record in records for name in record["attacks"]))
     titles = [named.title(name) for name in names]
     lines = [
         "| checkpoint | epoch | " + " | ".join(titles) + " |",
         "|---|---|" + "---|" * len(titles),
     ]
     for record in records:
-        cells = [f"{100 * record['attacks'][name]['accuracy']:.2f}" for name in names]
+        cells = [
+            f"{100 * record['attacks'][name]['accuracy']:.2f}" if name in record["attacks"] else "-"
+            for name in names
+        ]
         lines.append(f"| {record['checkpoint']} | {record['epoch']} | " + " | ".join(cells) + " |")
     record = records[0]
     note = "" if record["complete_data"] else "; a SUBSET of the data set, not comparable"
@@ -382,7 +426,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         f"epsilon {threat['epsilon']:.4g}, seed {record['seed']}{note}"
     )
     radii = {"linf": 8 / 255, "l2": settings["l2_epsilon"], "l1": settings["l1_epsilon"]}
-    others = {norm for name in names for norm in [name.partition("@")[2]] if norm}
+    asked = [named.split(name) for name in names]
+    others = {each.norm for each in asked if each.norm and each.epsilon is None}
     for norm in sorted(others - {threat["norm"]}):
         lines.append(f"columns {norm.capitalize()}: epsilon {radii[norm]:.4g}")
     for each in records:

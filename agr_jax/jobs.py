@@ -23,7 +23,12 @@ def train_run(values: Values, folder: Path | None) -> int:
 def evaluate_run(values: Values, folder: Path | None) -> int:
     """Evaluates the checkpoints of a run and prints its table."""
     config, folder = _one_run(values, folder)
-    run_folder.check(folder, config)
+    run_folder.check(
+        folder,
+        config,
+        advice="an evaluation takes a run as it is; another ball is part of an attack's name, as "
+        "in --config.eval.attacks=\"('pgd20@linf=16/255',)\"",
+    )
     records = evaluate.evaluate_run(folder, config)
     print(f"{config.name}, {folder}\n\n{evaluate.table(records)}")
     return 0

@@ -114,8 +114,18 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check(folder: Path, config: Config) -> None:
+def check(
+    folder: Path,
+    config: Config,
+    *,
+    advice: str = "give another --workdir, or the same settings to continue it",
+) -> None:
     """Refuses a folder whose checkpoints belong to a run with other settings.
+
+    Args:
+        folder: the run folder.
+        config: what is asked for.
+        advice: how to go on, for the message.
 
     Raises:
         RunFolderError: naming the fields that differ.
@@ -138,10 +148,7 @@ def check(folder: Path, config: Config) -> None:
         listed = "; ".join(
             f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items()
         )
-        raise RunFolderError(
-            f"run folder {folder} holds another run ({listed}); "
-            "give another --workdir, or the same settings to continue it"
-        )
+        raise RunFolderError(f"run folder {folder} holds another run ({listed}); {advice}")
 
 
 def check_data(folder: Path, digests: Mapping[str, str]) -> None:

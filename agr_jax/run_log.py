@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from agr_jax import checkpoints, optim
+from agr_jax import checkpoints, methods, optim
+from agr_jax.attacks.pgd import too_short
 from agr_jax.config import Config
 from agr_jax.data.feed import Feed
 from agr_jax.metrics import EpochMeter
@@ -31,12 +32,35 @@ def plan(
             f"{name} {'never' if start is None else f'from epoch {start}'}"
             for name, start in (("GOP", gop), (f"{config.agr.interpolation} mix", interpolation))
         )
-    return (
-        f"{config.name} ({config.profile}): {config.method}, AGR {agr}\n"
+    lines = [
+        f"{config.name} ({config.profile}): {config.method}, AGR {agr}",
         f"{config.model.name}, {count:,} parameters, on {trainer.on.size} x {device.device_kind}; "
         f"steps {int(state.step)} to {total}, {trainer.steps_per_epoch} an epoch; "
-        f"{feed.describe()}"
-    )
+        f"{feed.describe()}",
+    ]
+    return "\n".join([*lines, *cautions(config)])
+
+
+def cautions(config: Config) -> list[str]:
+    """What a config says that is seldom meant, each as a line with its field."""
+    found = []
+    epochs, milestones = config.epochs, config.optimizer.milestones
+    if config.optimizer.schedule == "piecewise" and milestones and min(milestones) >= epochs:
+        found.append(
+            f"config.optimizer.milestones: of {milestones} none is reached in {epochs} epochs: the "
+            "learning rate never drops"
+        )
+    starts = zip(("gop", "gics"), optim.start_epochs(config.agr), strict=True)
+    found += [
+        f"config.agr.{part}_start_epoch: {start} is not reached in {epochs} epochs: this part of "
+        "AGR never acts"
+        for part, start in starts
+        if start is not None and start >= epochs
+    ]
+    message = too_short(methods.training_attack(config.attack))
+    if config.method != "standard" and message:
+        found.append(f"config.attack.step_size: {message}")
+    return [f"caution: {each}" for each in found]
 
 
 def epoch_record(

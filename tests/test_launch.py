@@ -274,6 +274,7 @@ def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
 def test_evaluate_refuses_settings_that_are_not_the_runs(undisturbed):
     message = refused("--job=evaluate", f"--workdir={undisturbed}", "--config.attack.epsilon=0.01")
     assert "config.attack.epsilon: 0.15 there, 0.01 here" in message
+    assert message.endswith("""as in --config.eval.attacks="('pgd20@linf=16/255',)\"""")
 
 
 def test_a_run_folder_in_use(undisturbed):

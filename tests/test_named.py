@@ -28,6 +28,10 @@ def test_every_documented_name():
     assert make("pgd20@l2") == PGD(L2(0.5), steps=20)
     assert make("pgd20@l2", "l2") == PGD(L2(0.5), steps=20, step_size=2 / 255)
     assert make("pgd20@l1") == PGD(L1(12.0, sparsity=None), steps=20)
+    assert make("pgd20@linf=16/255") == PGD(Linf(16 / 255), steps=20)
+    assert make("pgd20@linf=8/255") == make("pgd20")
+    assert make("autoattack@l2=0.25") == AutoAttack(L2(0.25), batch_size=100)
+    assert make("fgsm@l1=1e1") == FGSM(L1(10.0))
     assert make("slide20@l1") == PGD(L1(12.0, sparsity=0.99), steps=20)
     assert make("mim10") == mim(Linf(8 / 255), steps=10)
     assert make("cw-l2@l2") == make("cw-l2", "l2") == cw_l2(L2(0.5))
@@ -60,6 +64,13 @@ def test_every_documented_name():
         "mim10x5",
         "cw-l2",
         "cw-l2@l1",
+        "pgd20@",
+        "pgd20@linf=",
+        "pgd20@linf=half",
+        "pgd20@linf=1/0",
+        "pgd20@linf=-1",
+        "pgd20@=0.1",
+        "pgd20=0.1",
     ],
 )
 def test_other_names_are_refused(name):
@@ -83,6 +94,7 @@ def test_titles():
         "pgd20": "PGD-20",
         "pgd20x5": "PGD-20 x 5",
         "pgd20@l2": "PGD-20, L2",
+        "pgd20@linf=16/255": "PGD-20, Linf 16/255",
         "cw20": "CW-inf-20",
         "cw-l2@l2": "CW-L2",
         "mim10": "MIM-10",

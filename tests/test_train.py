@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agr_jax import checkpoints, evaluate, run_folder, train
+from agr_jax import checkpoints, evaluate, run_folder, run_log, train
 from agr_jax.attacks import PGD
 from agr_jax.checkpoints import SELECTION_METRIC
 from agr_jax.config import Config, from_config_dict
@@ -97,6 +98,89 @@ def test_a_run_leaves_what_it_promises(finished):
     table = evaluate.table([row])
     assert "PGD-3" in table
     assert "SUBSET" in table
+
+
+def evaluated(folder, **changes):
+    """The last checkpoint's record, and its file, after an evaluation with other fields."""
+    config = run_folder.read_config(folder)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes))
+    (record,) = evaluate.evaluate_run(folder, config, which=("last",))
+    assert json.loads((folder / "evaluations/last-first60.json").read_text()) == record
+    return record
+
+
+def test_an_evaluation_adds_to_the_one_before(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = folder / "evaluations/last-first60.json"
+    before = json.loads(file.read_text())
+    record = evaluated(folder, attacks=("fgsm", "pgd3@linf=3/20", "pgd3@linf=0.3"))
+    assert list(record["attacks"]) == ["clean", "pgd3", "fgsm", "pgd3@linf=3/20", "pgd3@linf=0.3"]
+    for name in ("clean", "pgd3"):
+        kept = before["attacks"][name]
+        assert record["attacks"][name] == {**kept, "environment": before["environment"]}
+    assert "environment" not in record["attacks"]["fgsm"]
+    same, wider = (record["attacks"][f"pgd3@linf={radius}"] for radius in ("3/20", "0.3"))
+    assert same["correct_images"] == record["attacks"]["pgd3"]["correct_images"]
+    assert wider["settings"]["threat"] == "Linf(epsilon=0.3)"
+    assert "| clean | PGD-3 | FGSM | PGD-3, Linf 3/20 | PGD-3, Linf 0.3 |" in evaluate.table(
+        [record]
+    )
+    missing = {**record, "attacks": {"clean": record["attacks"]["clean"]}}
+    assert evaluate.table([record, missing]).splitlines()[3].endswith("| - | - | - | - |")
+
+    capsys.readouterr()
+    assert list(evaluated(folder, attacks=("clean",), step_size=0.1)["attacks"]) == ["clean"]
+    assert "other settings, images or weights: its clean, pgd3, fgsm" in capsys.readouterr().out
+    file.write_text(file.read_text()[:100])
+    assert list(evaluated(folder, attacks=("clean",))["attacks"]) == ["clean"]
+    assert f"{file} is damaged, and is replaced" in capsys.readouterr().out
+    other = json.loads(file.read_text())
+    other["digests"]["network"] = "0"
+    file.write_text(json.dumps(other))
+    assert list(evaluated(folder, attacks=("fgsm",))["attacks"]) == ["fgsm"]
+
+
+def test_steps_that_are_too_short_are_said_to_be(finished):
+    row = json.loads((finished / "evaluations/last-first60.json").read_text())
+    (message,) = row["attacks"]["pgd3"]["warnings"]
+    assert message.startswith("3 steps of 0.0375 go 0.1125 from where they start, in a ball of rad")
+    assert "0.125, are usual" in message
+    assert "warnings" not in row["attacks"]["clean"]
+    assert f"warning (last, PGD-3): {message}" in evaluate.table([row])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimizer__milestones": (1,), "attack__steps": 4}, []),
+        ({"optimizer__milestones": (1, 9), "attack__steps": 4}, []),
+        (
+            {"optimizer__milestones": (2, 9), "attack__steps": 4},
+            [r"config\.optimizer\.milestones: of \(2, 9\) none is reached in 2 epochs"],
+        ),
+        ({"optimizer__schedule": "cosine", "attack__steps": 4}, []),
+        (
+            {"optimizer__milestones": (1,), "agr__gics_start_epoch": 2, "attack__steps": 4},
+            [r"config\.agr\.gics_start_epoch: 2 is not reached in 2 epochs"],
+        ),
+        (
+            {
+                "optimizer__milestones": (1,),
+                "agr__gics_start_epoch": 2,
+                "agr__enabled": False,
+                "attack__steps": 3,
+            },
+            [r"config\.attack\.step_size: 3 steps of 0\.0375 go 0\.1125"],
+        ),
+        ({"optimizer__milestones": (1,), "attack__steps": 1, "method": "standard"}, []),
+    ],
+)
+def test_what_is_seldom_meant_is_said_before_the_first_step(changes, expected):
+    found = run_log.cautions(small(**changes))
+    assert len(found) == len(expected)
+    for line, message in zip(found, expected, strict=True):
+        assert re.match(f"caution: {message}", line), line
 
 
 def test_the_best_the_last_and_the_wanted_checkpoints_are_kept(tmp_path):
@@ -327,6 +411,17 @@ def test_verdicts_do_not_depend_on_batching_or_devices(finished):
     np.testing.assert_array_equal(masks[0], masks[1])
     # Other devices reduce in another order: an image at the decision boundary may tip.
     assert (masks[0] != masks[2]).sum() <= 1
+
+
+def test_an_attack_that_returns_nan_stops_the_evaluation(finished):
+    """Its logits are no prediction, which would count as a success."""
+    config = run_folder.read_config(finished)
+    dataset, on = evaluate.dataset_from_config(config), train.mesh.data_mesh()
+    classifier, _ = evaluate.load_classifier(checkpoints.find(finished), config, dataset, on)
+    attack = PGD(Linf(0.01), steps=1, loss=lambda z, y: jnp.nan * z[:, 0])
+    split = Split(dataset.test.images[:8], dataset.test.labels[:8])
+    with pytest.raises(NonFiniteLossError, match="PGD returned images that are NaN, of the 8 from"):
+        evaluate.correct_under_attack(classifier, attack, split, seed=0, batch_size=8, on=on)
 
 
 @pytest.mark.parametrize(

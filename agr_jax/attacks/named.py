@@ -15,8 +15,9 @@
 | `autoattack`, `autoattack-plus` | AutoAttack |
 | `fast` | APGD-CE and targeted APGD, which is not AutoAttack |
 
-`@linf`, `@l2` or `@l1` behind a name asks for another norm than the run's: `pgd20@l2`. `table1` and
-`table2` stand for the columns of the paper's tables.
+`@linf`, `@l2` or `@l1` behind a name asks for another norm than the run's, `pgd20@l2`, and a number
+behind that for another radius: `pgd20@linf=16/255`, `autoattack@l2=0.25`. `table1` and `table2`
+stand for the columns of the paper's tables.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from agr_jax import losses
 from agr_jax.attacks.attack import Attack
@@ -52,6 +54,39 @@ _ITERATIVE = re.compile(
 )
 
 
+class Name(NamedTuple):
+    """A name taken apart.
+
+    Attributes:
+        attack: what comes before `@`.
+        norm: behind `@`; empty for the run's.
+        radius: behind `=`, as it is written; empty for the one that belongs to the norm.
+    """
+
+    attack: str
+    norm: str
+    radius: str
+
+    @property
+    def epsilon(self) -> float | None:
+        """The radius as a number.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            return float(Fraction(self.radius)) if self.radius else None
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{self.radius!r} is no number and no fraction") from error
+
+
+def split(name: str) -> Name:
+    """Takes a name apart: `pgd20@linf=16/255`."""
+    attack, _, threat = name.partition("@")
+    norm, _, radius = threat.partition("=")
+    return Name(attack, norm, radius)
+
+
 def names(asked: Sequence[str]) -> list[str]:
     """The names with each table's put in its place, once each."""
     spelled_out = [inner for name in asked for inner in TABLES.get(name, (name,))]
@@ -60,7 +95,7 @@ def names(asked: Sequence[str]) -> list[str]:
 
 def title(name: str) -> str:
     """What a table calls an attack."""
-    plain, _, norm = name.partition("@")
+    plain, norm, radius = split(name)
     if plain == "clean":
         shown = plain
     elif plain.startswith("autoattack"):
@@ -68,12 +103,12 @@ def title(name: str) -> str:
     elif plain == "fast":
         shown = "fast (not AutoAttack)"
     elif plain == "cw-l2":
-        return "CW-L2"
+        return f"CW-L2 {radius}".strip()
     elif plain.startswith("cw"):
         shown = f"CW-inf-{plain[2:]}"
     else:
         shown = re.sub(r"^([A-Z]+)(\d+)X?", r"\1-\2 x ", plain.upper()).removesuffix(" x ")
-    return f"{shown}, {norm.capitalize()}" if norm else shown
+    return f"{shown}, {norm.capitalize()} {radius}".strip() if norm else shown
 
 
 def make(
@@ -85,7 +120,7 @@ def make(
         name: see above.
         norm: the run's, `linf`, `l2` or `l1`.
         radii: by norm.
-        step_size: of PGD and CW under the run's norm; under others it is `2.5 epsilon / steps`.
+        step_size: of PGD and CW in the run's ball; in others it is `2.5 epsilon / steps`.
         batch_size: of AutoAttack.
 
     Raises:
@@ -93,13 +128,18 @@ def make(
     """
     if name == "clean":
         return None
-    plain, _, other = name.partition("@")
-    if (other or norm) not in _NORMS:
+    asked = split(name)
+    plain, own = asked.attack, asked.norm or norm
+    if own not in _NORMS or (asked.radius and not asked.norm) or name.endswith(("@", "=")):
         raise _unknown(name)
-    threat = _NORMS[other or norm](radii[other or norm])
+    try:
+        threat = _NORMS[own](radii[own] if asked.epsilon is None else asked.epsilon)
+    except ValueError as error:
+        raise ConfigError(f"config.eval.attacks: {name!r}: {error}") from error
     match = _ITERATIVE.fullmatch(plain)
     if match is not None:
-        return _iterative(name, match, threat, step_size if (other or norm) == norm else None)
+        in_the_runs_ball = own == norm and asked.epsilon in (None, radii[norm])
+        return _iterative(name, match, threat, step_size if in_the_runs_ball else None)
     if plain == "cw-l2" and not isinstance(threat, L2):
         raise ConfigError(f"config.eval.attacks: {name!r} is for L2 alone: cw-l2@l2")
     if plain in _SINGLE:
@@ -153,5 +193,6 @@ def _unknown(name: str) -> ConfigError:
         "config.eval.attacks: must be of clean, fgsm, ifgsm<steps>, pgd<steps>, "
         "pgd<steps>x<restarts>, mim<steps>, slide<steps>, cw<steps>, cw-l2, spsa, spsa<steps>, "
         f"autoattack, autoattack-plus, fast, {', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for "
-        f"another norm, table1 and table2; got {name!r}"
+        "another norm and with @linf=16/255 for another radius, table1 and table2; got "
+        f"{name!r}"
     )
