@@ -28,7 +28,9 @@ class ModelConfig:
     """Which network.
 
     Attributes:
-        name: `preactresnet18`, `wrn34_10`, or any `wrn<depth>_<widen factor>`.
+        name: `preactresnet18`, `wrn34_10`, any `wrn<depth>_<widen factor>`, or `MODULE:FUNCTION` of
+            your own, a function from a `Config`, the number of classes and the dtype to a Linen
+            module, as in `examples/own_network.py`; what of the fields below it heeds is its own.
         width: channels of the first convolution; 0 for the published network's.
         mean: input mean per channel, subtracted inside the model.
         std: input standard deviation per channel.

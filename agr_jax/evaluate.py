@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import agr_jax
-from agr_jax import checkpoints, mesh, models, run_folder
+from agr_jax import checkpoints, mesh, network, run_folder
 from agr_jax import config as config_module
 from agr_jax.attacks import PGD, Attack, AutoAttack, named
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
@@ -188,7 +188,7 @@ def evaluate_run(
                 continue
             raise
         item = "average" if name == "average" else "variables"
-        classifier, about = load_classifier(checkpoint, config, dataset, on, item=item)
+        classifier, about = network.load_classifier(checkpoint, config, dataset, on, item=item)
         record: dict[str, Any] = {
             "checkpoint": name,
             "step": about["step"],
@@ -334,71 +334,6 @@ def dataset_from_config(config: Config) -> Dataset:
         may_download=data.download,
         use_cache=data.cache,
     )
-
-
-def model_from_config(config: Config, num_classes: int, dtype: Any = jnp.float32) -> Any:
-    """The network that a config names, on this backend.
-
-    Raises:
-        ConfigError: on an unknown name.
-    """
-    model = config.model
-    try:
-        return models.create(
-            model.name,
-            num_classes,
-            width=model.width or None,
-            mean=model.mean,
-            std=model.std,
-            conv=None if model.conv == "auto" else model.conv,
-            dtype=dtype,
-        )
-    except ValueError as error:
-        raise ConfigError(f"config.model.name: {error}") from error
-
-
-def description(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """The model and the data set, as a checkpoint's `about` holds them."""
-    as_dict = config_module.to_dict(config)
-    drawn = config.data.train_examples or config.data.validation_examples
-    return {
-        "model": {
-            **{name: as_dict["model"][name] for name in ("name", "width", "mean", "std")},
-            "num_classes": dataset.num_classes,
-            "image_shape": list(dataset.image_shape),
-        },
-        "data set": {
-            "name": dataset.name,
-            "complete": dataset.complete,
-            "train_examples": config.data.train_examples,
-            "validation_examples": config.data.validation_examples,
-            # Another split would hold out what a base was trained on.
-            "split_seed": config.seed if drawn else None,
-        },
-    }
-
-
-def load_classifier(
-    checkpoint: Path, config: Config, dataset: Dataset, on: Mesh, *, item: str = "variables"
-) -> tuple[Classifier, dict[str, Any]]:
-    """Reads a checkpoint's network; `item` is `variables`, or `average` for the averaged one.
-
-    Returns:
-        The classifier, and the checkpoint's `about`.
-
-    Raises:
-        CheckpointError: if it is a checkpoint of another model or data set.
-    """
-    about = checkpoints.read_about(checkpoint)
-    checkpoints.check_same(about, description(config, dataset), checkpoint)
-    model = model_from_config(config, dataset.num_classes)
-    image = jnp.zeros([1, *dataset.image_shape])
-    shapes = jax.eval_shape(lambda: dict(model.init(jax.random.key(0), image)))
-    everywhere = mesh.replicated(on)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
-    )
-    return Classifier(model, checkpoints.restore(checkpoint, item, like)), about
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -20,7 +20,17 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from agr_jax import agr_transform, checkpoints, evaluate, losses, mesh, methods, run_folder, train
+from agr_jax import (
+    agr_transform,
+    checkpoints,
+    evaluate,
+    losses,
+    mesh,
+    methods,
+    network,
+    run_folder,
+    train,
+)
 from agr_jax.attacks import LogitsFn
 from agr_jax.config import Config
 from agr_jax.data import Dataset, to_unit_range
@@ -69,7 +79,7 @@ def measure_run(
         raise ConfigError(f"measurement {name!r}: there are {', '.join(measures)}")
     dataset = dataset if dataset is not None else evaluate.dataset_from_config(config)
     on = on if on is not None else mesh.data_mesh()
-    classifier, about = evaluate.load_classifier(checkpoints.find(folder), config, dataset, on)
+    classifier, about = network.load_classifier(checkpoints.find(folder), config, dataset, on)
     with jax.default_matmul_precision("float32"):
         found = measures[name](config, classifier, dataset, on)
     record = {
@@ -243,7 +253,8 @@ def mechanism(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
     """
     trainer = train.create_trainer(config, dataset, on)
     state = trainer.init(jax.random.key(0), dataset.image_shape).replace(  # type: ignore[attr-defined]
-        params=classifier.variables["params"], batch_stats=classifier.variables["batch_stats"]
+        params=classifier.variables["params"],
+        batch_stats=classifier.variables.get("batch_stats", {}),
     )
     norm = config.agr.clip_norm
     active = functools.partial(agr_transform, gop_start=0, gics_start=0)

@@ -69,7 +69,7 @@ def restore_or_branch(
         fresh,
         step=jax.device_put(jnp.asarray(step, jnp.int32), mesh.replicated(trainer.on)),
         params=variables["params"],
-        batch_stats=variables["batch_stats"],
+        batch_stats=variables.get("batch_stats", {}),
         opt_state=checkpoints.restore(source, "optimizer", fresh.opt_state),
     )
     if trainer.average_decay:

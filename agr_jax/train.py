@@ -14,7 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agr_jax import checkpoints, evaluate, leaf_names, mesh, methods, optim, run_folder, run_log
+from agr_jax import (
+    checkpoints,
+    evaluate,
+    leaf_names,
+    mesh,
+    methods,
+    network,
+    optim,
+    run_folder,
+    run_log,
+)
 from agr_jax.batch_picture import save_picture
 from agr_jax.checkpoints import Checkpoints
 from agr_jax.config import Config
@@ -81,8 +91,11 @@ def create_trainer(config: Config, dataset: Dataset, on: jax.sharding.Mesh) -> T
     data = config.data
     per_epoch = steps_per_epoch(len(dataset.train.labels), config.batch_size, data.last_batch)
     dtype = jnp.bfloat16 if config.precision.train == "bfloat16" else jnp.float32
+    model = network.from_config(config, dataset.num_classes, dtype)
+    if ":" in config.model.name:
+        network.check(model, dataset.num_classes, dataset.image_shape)
     return Trainer(
-        model=evaluate.model_from_config(config, dataset.num_classes, dtype),
+        model=model,
         method=methods.from_config(config),
         optimizer=optim.create(config, per_epoch),
         augmentation=Augmentation(
@@ -161,7 +174,7 @@ def _train(
         ) as saved,
     ):
         fresh = trainer.init(init_key, dataset.image_shape)
-        expected = evaluate.description(config, dataset)
+        expected = network.description(config, dataset)
         state, meter = restore_or_branch(
             config, folder, trainer, fresh=fresh, expected=expected, saved=saved
         )
@@ -345,7 +358,7 @@ def _validate(
     due = done % config.eval.every_epochs == 0 or done == config.epochs
     if dataset.validation is None or not due:
         return {}
-    model = evaluate.model_from_config(config, dataset.num_classes)
+    model = network.from_config(config, dataset.num_classes)
     classifier = Classifier(model, state.variables)
     attack = methods.validation_attack(config.attack)
     names = {"validation_clean_accuracy": None, checkpoints.SELECTION_METRIC: attack}

@@ -32,7 +32,7 @@ class TrainState:
     Attributes:
         step: int32 scalar, the number of steps taken.
         params: parameters of the network.
-        batch_stats: BatchNorm's running statistics.
+        batch_stats: BatchNorm's running statistics; empty for a network without any.
         opt_state: state of the optax chain.
         average: moving average of `variables`, or `None` where none is kept.
     """
@@ -46,7 +46,8 @@ class TrainState:
     @property
     def variables(self) -> dict[str, PyTree]:
         """What the network's `apply` takes."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        statistics = {"batch_stats": self.batch_stats} if self.batch_stats else {}
+        return {"params": self.params, **statistics}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Trainer:
             return TrainState(
                 step=jnp.zeros([], jnp.int32),
                 params=variables["params"],
-                batch_stats=variables["batch_stats"],
+                batch_stats=variables.get("batch_stats", {}),
                 opt_state=self.optimizer.init(variables["params"]),
                 # A copy: a state that is donated to a step may not share buffers.
                 average=jax.tree.map(jnp.copy, variables) if self.average_decay else None,
@@ -175,7 +176,9 @@ class Trainer:
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            average=self._averaged(state, {"params": params, "batch_stats": batch_stats}),
+        )
+        next_state = dataclasses.replace(
+            next_state, average=self._averaged(state, next_state.variables)
         )
         return next_state, metrics
 
@@ -256,4 +259,4 @@ class Trainer:
             mutable=["batch_stats"],
         )
         assert isinstance(logits, jax.Array)
-        return logits, updated["batch_stats"]
+        return logits, updated.get("batch_stats", {})

@@ -260,14 +260,14 @@ def preactresnet18(options: argparse.Namespace, folder: Path) -> Problem:
     import jax
     import jax.numpy as jnp
 
-    from agr_jax import checkpoints, evaluate, interop, mesh, models, run_folder
+    from agr_jax import checkpoints, evaluate, interop, mesh, models, network, run_folder
 
     if options.run:
         run = Path(options.run)
         config = run_folder.read_config(run)
         dataset = evaluate.dataset_from_config(config)
         on = mesh.data_mesh(jax.devices()[:1])
-        classifier, _ = evaluate.load_classifier(checkpoints.find(run), config, dataset, on)
+        classifier, _ = network.load_classifier(checkpoints.find(run), config, dataset, on)
         images, labels = to_floats(dataset.test.images), dataset.test.labels
     else:
         model = models.create("preactresnet18", 10, width=options.width)

@@ -5,10 +5,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from agr_jax import methods, run_folder, train
+from agr_jax import evaluate, methods, run_folder, train
 from agr_jax.config import from_config_dict
 from agr_jax.metrics import read_json_lines
-from examples import logit_pairing, own_classifier, own_images
+from examples import logit_pairing, own_classifier, own_images, own_network
 
 
 def small() -> ConfigDict:
@@ -37,6 +37,26 @@ def test_logit_pairing_trains_with_agr(tmp_path):
         assert -1 <= record["cosine"] <= 1
     assert (tmp_path / "evaluations" / "last-first60.json").exists()
     assert run_folder.read_config(tmp_path) == config
+
+
+def test_own_network_trains_and_goes_on(tmp_path):
+    """Without BatchNorm there are no running statistics to keep."""
+    values = small()
+    values.method = "at"
+    values.model.name = own_network.get_config().model.name
+    values.averaging.decay = 0.5
+    values.epochs = 1
+    assert train.run(from_config_dict(values), tmp_path / "run") == 0
+    values.epochs = 2
+    assert train.run(from_config_dict(values), tmp_path / "run") == 0
+    assert train.run(from_config_dict(values), tmp_path / "whole") == 0
+    found = [
+        evaluate.evaluate_run(tmp_path / name, from_config_dict(values), which=("last", "average"))
+        for name in ("run", "whole")
+    ]
+    for resumed, whole in zip(*found, strict=True):
+        assert resumed["digests"] == whole["digests"]
+    assert {record["checkpoint"] for record in found[0]} == {"last", "average"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agr_jax import checkpoints, evaluate, run_folder, run_log, train
+from agr_jax import checkpoints, evaluate, network, run_folder, run_log, train
 from agr_jax.attacks import PGD
 from agr_jax.checkpoints import SELECTION_METRIC
 from agr_jax.config import Config, from_config_dict
@@ -60,7 +60,7 @@ def variables_of(folder, which="last"):
     path = checkpoints.find(folder, which)
     config = run_folder.read_config(folder)
     on = train.mesh.data_mesh()
-    classifier, _ = evaluate.load_classifier(path, config, evaluate.dataset_from_config(config), on)
+    classifier, _ = network.load_classifier(path, config, evaluate.dataset_from_config(config), on)
     return {
         jax.tree_util.keystr(key): np.asarray(leaf)
         for key, leaf in jax.tree.leaves_with_path(dict(classifier.variables))
@@ -398,7 +398,7 @@ def test_verdicts_do_not_depend_on_batching_or_devices(finished):
     masks = []
     for batch_size, devices in ((355, 1), (64, 1), (50, 4)):
         on = train.mesh.data_mesh(jax.devices()[:devices])
-        classifier, _ = evaluate.load_classifier(checkpoints.find(finished), config, dataset, on)
+        classifier, _ = network.load_classifier(checkpoints.find(finished), config, dataset, on)
         # A network of a few steps is right on few images: what it says counts as right.
         said = np.argmax(classifier(to_unit_range(jnp.asarray(dataset.test.images))), -1)
         split = Split(dataset.test.images, said.astype(np.int32))
@@ -417,7 +417,7 @@ def test_an_attack_that_returns_nan_stops_the_evaluation(finished):
     """Its logits are no prediction, which would count as a success."""
     config = run_folder.read_config(finished)
     dataset, on = evaluate.dataset_from_config(config), train.mesh.data_mesh()
-    classifier, _ = evaluate.load_classifier(checkpoints.find(finished), config, dataset, on)
+    classifier, _ = network.load_classifier(checkpoints.find(finished), config, dataset, on)
     attack = PGD(Linf(0.01), steps=1, loss=lambda z, y: jnp.nan * z[:, 0])
     split = Split(dataset.test.images[:8], dataset.test.labels[:8])
     with pytest.raises(NonFiniteLossError, match="PGD returned images that are NaN, of the 8 from"):

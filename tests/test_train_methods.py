@@ -21,6 +21,7 @@ from agr_jax import (
     evaluate,
     leaf_names,
     methods,
+    network,
     optim,
     run_folder,
     train,
@@ -290,7 +291,7 @@ def test_the_average_has_a_row_of_its_own(finished, capsys):
         assert record["checkpoint"] == row
         correct[row] = record["attacks"]["clean"]["correct"]
         if item is not None:
-            classifier = Classifier(evaluate.model_from_config(config, 10), trees[item])
+            classifier = Classifier(network.from_config(config, 10), trees[item])
             answers = np.asarray(jax.jit(classifier)(images)).argmax(-1)
             # Compiled for another batch: an image at the decision boundary may tip.
             assert abs((answers == test.labels).sum() - correct[row]) <= 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from typing import Any
 
-from agr_jax import losses
+from agr_jax import losses, own_code
 from agr_jax.attacks import PGD
 from agr_jax.config import AttackConfig, Config
 from agr_jax.errors import ConfigError
@@ -94,28 +92,13 @@ def _without_perturbation(config: Config) -> Method:
 
 @functools.lru_cache(maxsize=8)
 def _imported(config: Config) -> Method:
-    """Calls the function that `config.method` names, `MODULE:FUNCTION`, with the config.
-
-    Once for a config: methods from two calls need not be equal, and each would be compiled.
-    """
-    module_name, _, name = config.method.partition(":")
-    try:
-        create: Any = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"config.method: cannot import {config.method!r}: {error}") from error
-    method = create(config)
+    """Made once for a config: those of two calls need not be equal, and each would be compiled."""
+    method = own_code.call("config.method", config.method, config)
     if not isinstance(method, Method):
         raise ConfigError(
             f"config.method: {config.method} must return an agr_jax.methods.Method, "
             f"got {type(method).__name__}"
         )
-    try:
-        hash(method)
-    except TypeError as error:
-        raise ConfigError(
-            f"config.method: what {config.method} returns cannot be hashed ({error}): a method is "
-            "a constant of the compiled step, so let its fields be numbers, strings and tuples"
-        ) from error
     return method
 
 

@@ -97,7 +97,7 @@ class Classifier:
 
     Attributes:
         model: Linen module called as `model.apply(variables, images)`.
-        variables: `{"params": ..., "batch_stats": ...}`.
+        variables: `{"params": ..., "batch_stats": ...}`, the second only with BatchNorm.
     """
 
     model: nn.Module = dataclasses.field(metadata={"static": True})
