@@ -449,7 +449,7 @@ def test_agr_small_pairs_runs_of_one_base(tmp_path):
 WORKING = {
     f"base-{seed}": {"clip": 500, "agr": 505, "off": 500, "tau_0.9": 504} for seed in range(3)
 }
-WORKING["base-0"] |= dict.fromkeys(("tau_0", "tau_0.25", "tau_0.5", "tau_0.75", "mean"), 400)
+WORKING["base-0"] |= dict.fromkeys(("tau_0", "tau_0.25", "tau_0.5", "tau_0.75"), 400)
 
 
 def answers_of(root, correct, *, robust=(), best=()):
@@ -490,6 +490,9 @@ def test_a_verdict_of_yes(tmp_path):
         "fast (not AutoAttack) +0.50 (5/0, p 0.062), at least -0.3: yes"
     )
     assert answers["base-0: AGR above the front of fixed tau"] == "yes"
+    assert answers["base-0: AGR above the line through fixed tau"] == (
+        "AGR's clean accuracy, 50.50, is outside of theirs, 40.00 to 50.40"
+    )
     html = (tmp_path / "report/report.html").read_text()
     assert "<strong>Differences to AT + clip of the same base</strong>" in html
     assert "**" not in html
@@ -514,12 +517,32 @@ def test_one_point_missed_is_a_verdict_of_no(tmp_path, base, arm, attack, count,
 
 
 def test_a_fixed_mix_as_good_as_agr_is_named(tmp_path):
-    runs = {**WORKING, "base-0": {**WORKING["base-0"], "tau_0.5": 505, "mean": 600}}
-    answers = answers_of(tmp_path, runs, robust=[("base-0", "mean", "fast", 504)])
+    runs = {**WORKING, "base-0": {**WORKING["base-0"], "tau_0.5": 505, "tau_0.25": 600}}
+    answers = answers_of(tmp_path, runs, robust=[("base-0", "tau_0.25", "fast", 504)])
     assert answers["base-0: AGR above the front of fixed tau"] == (
         "no: fixed tau 0.5 as good or better in both"
     )
     assert answers["AGR works"] == "no (all bases)"
+
+
+def test_the_line_through_fixed_tau(tmp_path):
+    """From (51, 50), tau 0.75, to (60, 20), tau 0.25: at AGR's 54 % clean it is at 40."""
+    arms = {"clip": 400, "agr": 540, "tau_0": 700, "tau_0.9": 450}
+    arms |= {"tau_0.75": 510, "tau_0.5": 800, "tau_0.25": 600}
+    fast = {"clip": 400, "agr": 410, "tau_0": 0, "tau_0.9": 450}
+    fast |= {"tau_0.75": 500, "tau_0.5": 0, "tau_0.25": 200}
+    robust = [("base-0", arm, "fast", count) for arm, count in fast.items()]
+    answers = answers_of(tmp_path / "one", {"base-0": arms}, robust=robust)
+    line = "base-0: AGR above the line through fixed tau"
+    assert answers[line] == "+1.00 points of fast (not AutoAttack)"
+    # The mean of both gradients is tau 0.5.
+    arms["mean"] = arms.pop("tau_0.5")
+    robust = [(base, arm.replace("tau_0.5", "mean"), *rest) for base, arm, *rest in robust]
+    assert answers_of(tmp_path / "two", {"base-0": arms}, robust=robust)[line] == answers[line]
+    del arms["tau_0"]
+    robust = [each for each in robust if each[1] != "tau_0"]
+    answers = answers_of(tmp_path / "three", {"base-0": arms}, robust=robust)
+    assert answers[line] == "not decided"
 
 
 def test_what_is_missing_decides_nothing(tmp_path):
@@ -772,7 +795,7 @@ def test_agr_small_is_what_the_page_says():
             assert config.data.validation_examples == 2_000
             assert config.optimizer.milestones == (30, 45)
             assert config.model.width == 16
-    assert len(runs) == 3 + 15 + 6 + 1
+    assert len(runs) == 3 + 15 + 5 + 1
     page = (Path(__file__).parents[1] / "docs/experiments.md").read_text()
     commands = page.split("```sh")[1].split("```")[0]
     for name in ("base-$seed", "at-$seed", "at_clip-$seed", "agr-$seed", "tau_0.9-$seed"):

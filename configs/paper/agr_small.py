@@ -1,7 +1,7 @@
 """AGR-small: the experiment of `docs/experiments.md`, which says what would count before the runs.
 
 Command: python launch.py --job=sweep --config=configs/paper/agr_small.py
-Cost: three bases of 45 epochs, 21 branches of 15 and one run of 60, and their evaluations: on two
+Cost: three bases of 45 epochs, 20 branches of 15 and one run of 60, and their evaluations: on two
 CPU cores about ten hours, by estimate.
 """
 
@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from configs.paper import plans
 
 ON_EVERY_BASE = ("off", "clip", "agr", "agr_no_clip", "tau_0.9")
-ON_THE_FIRST = ("agr_no_gop", "mean", "tau_0.0", "tau_0.25", "tau_0.5", "tau_0.75")
+# The mean of both gradients is tau 0.5.
+ON_THE_FIRST = ("tau_0.75", "tau_0.5", "tau_0.25", "tau_0.0", "agr_no_gop")
 # The names of `docs/experiments.md`.
 NAMES = {"off": "at", "clip": "at_clip"}
 
