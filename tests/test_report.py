@@ -831,10 +831,18 @@ def test_every_plan_loads(path, scale):
 def test_the_pages_numbers_are_those_of_the_committed_records():
     docs = Path(__file__).parents[1] / "docs"
     result = (docs / "experiments.md").read_text().split("## Result")[1]
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", result, re.MULTILINE)
+    readme = (docs.parent / "README.md").read_text().split("## Does AGR work?")[1]
+    row = re.compile(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+    rows = row.findall(result)
     names = {"AT": "at-0", "AT + clip": "at_clip-0", "AGR": "agr-0"}
     names["AGR without clip"] = "agr_no_clip-0"
     assert [title for title, *_ in rows] == list(names)
+    same = [
+        (title.replace("AGR's clipping, the control", "clip"), *n)
+        for title, *n in row.findall(readme)
+    ]
+    assert same == rows[: len(same)]
+    assert len(same) == 3
     for title, *shown in rows:
         run = read_run(docs / "agr-small" / names[title])
         assert run.finished
