@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import platform
@@ -82,7 +83,7 @@ def correct_under_attack(
         Booleans `[examples]`.
 
     Raises:
-        NonFiniteLossError: if the attack's images are NaN.
+        NonFiniteLossError: if the attack's images, or the logits there, are NaN.
     """
     batch_size = min(batch_size, len(split.labels))
     batch_size += -batch_size % on.size
@@ -106,8 +107,8 @@ def correct_under_attack(
             correct, defined = _correct(attack, classifier, *batch)
         if not bool(defined.all()):
             raise NonFiniteLossError(
-                f"{type(attack).__name__} returned images that are NaN, of the {batch_size} from "
-                f"{start} on: the network's gradient is NaN there, which no robustness is told from"
+                f"{type(attack).__name__} left NaN in images {start} to {stop - 1}: the network's "
+                "logits, or their gradient, are NaN there, which says nothing of its robustness"
             )
         masks.append(np.asarray(correct)[: stop - start])
         if journal is not None:
@@ -128,12 +129,13 @@ def _correct(
     labels: jax.Array,
     keys: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which images are classified correctly, and which are images at all."""
+    """Which images are classified correctly, and where images and logits are no NaN."""
     inputs = to_unit_range(images)
     if attack is not None:
         inputs = attack(classifier, inputs, labels, keys)
-    correct = jnp.argmax(classifier(inputs), axis=-1) == labels
-    return correct, ~jnp.isnan(inputs).reshape(len(labels), -1).any(1)
+    logits = classifier(inputs)
+    defined = ~(jnp.isnan(inputs).reshape(len(labels), -1).any(1) | jnp.isnan(logits).any(1))
+    return jnp.argmax(logits, axis=-1) == labels, defined
 
 
 def evaluate_run(
@@ -149,9 +151,10 @@ def evaluate_run(
 
     With fewer than all test images the file is `<which>-first<n>.json`, so that it never replaces
     the whole evaluation; a label comes before that, `<which>-<label>-first<n>.json`. Other attacks
-    that the file has of the same network, images, seed and settings stay in it, each with the
-    `environment` that it ran in. What is done is kept batch by batch: the same call continues an
-    evaluation that was killed, and ends with the same result.
+    that the file has of the same network, images and seed stay in it, each with the `environment`
+    that it ran in, but for those to which the config now gives other settings. What is done is kept
+    batch by batch: the same call continues an evaluation that was killed, and ends with the same
+    result.
 
     Args:
         folder: the run folder.
@@ -206,7 +209,7 @@ def evaluate_run(
             **provenance(config, on),
         }
         path = run_folder.evaluations_path(folder) / f"{name}{subset}.json"
-        record["attacks"] = _earlier_attacks(path, record)
+        record["attacks"] = _earlier_attacks(path, record, config)
         # What is done of attacks that are not asked for now stays there.
         unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
         with run_folder.locked(unfinished):
@@ -229,28 +232,46 @@ def evaluate_run(
     return records
 
 
-def _earlier_attacks(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file has of the same checkpoint under the same settings, with its environment."""
+def _earlier_attacks(path: Path, record: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What a file has of the same checkpoint and images, with the environment it ran in.
+
+    Attacks that this config gives other settings are left out. Files of earlier versions have no
+    digests.
+    """
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        settings, ours = (each["config"]["eval"] for each in (earlier, record))
-        same = all(earlier.get(n) == record[n] for n in ("step", "seed", "threat", "digests"))
-        same &= all(settings[n] == ours[n] for n in ("step_size", "l2_epsilon", "l1_epsilon"))
-        attacks, environment = dict(earlier["attacks"]), earlier["environment"]
+        if earlier["step"] != record["step"]:
+            return {}
+        same = all(earlier[n] == record[n] for n in ("seed", "threat", "data", "examples"))
+        same &= earlier.get("digests", record["digests"]) == record["digests"]
+        kept = {
+            name: {"environment": earlier["environment"], **entry}
+            for name, entry in earlier["attacks"].items()
+            if same and _is_result_of(name, entry, config)
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         print(f"{path} is damaged, and is replaced", flush=True)
         return {}
-    if same:
-        return {n: {"environment": environment, **entry} for n, entry in attacks.items()}
-    if earlier.get("step") == record["step"]:
-        print(
-            f"{path} is of other settings, images or weights: its {', '.join(attacks)} are "
-            "replaced",
-            flush=True,
-        )
-    return {}
+    left_out = [name for name in earlier["attacks"] if name not in kept]
+    if left_out:
+        print(f"{path}: {', '.join(left_out)} had other settings, and is left out", flush=True)
+    return kept
+
+
+def _is_result_of(name: str, entry: Mapping[str, Any], config: Config) -> bool:
+    """Whether an entry has the settings that this config gives the attack of its name."""
+    eval_alone = dataclasses.replace(config.eval, attacks=(name,))
+    try:
+        (attack,) = make_attacks(dataclasses.replace(config, eval=eval_alone)).values()
+    except ConfigError:
+        return False
+    if isinstance(attack, AutoAttack):
+        threat = attack.threat
+        expected = (attack.title, type(threat).__name__, threat.epsilon)
+        return expected == (entry["title"], entry["norm"], entry["epsilon"])
+    return bool(entry["settings"] == json.loads(json.dumps(named.describe(attack))))
 
 
 def _evaluate_attack(

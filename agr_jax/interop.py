@@ -105,8 +105,8 @@ def load_torch_weights(
             network and no other.
         mean: input mean per channel (or one for all), for images in [0, 1], subtracted inside the
             network. Required where the file does not say it, as most that PyTorch wrote; where it
-            does, in its metadata or in buffers `mean` and `std` (or `mu` and `sigma`, as in
-            RobustBench), the two must be equal.
+            does, in its metadata or in buffers `mean` and `std` (or `mu` and `sigma`, as the
+            `state_dict()` of some networks that RobustBench has loaded), the two must be equal.
         std: input standard deviation, as `mean`.
         conv: see `models.create`.
         dtype: dtype of the computation.

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from agr_jax import checkpoints, mesh, models, own_code
@@ -65,18 +66,27 @@ def check(model: nn.Module, num_classes: int, image_shape: tuple[int, ...]) -> N
     """Refuses a network that cannot be trained here; nothing is computed.
 
     Raises:
-        ConfigError: if its logits are not `[batch, classes]`, or if it has variables other than
-            parameters and BatchNorm's statistics.
+        ConfigError: if it does not take `train`, or needs random numbers; if its logits are not
+            `[batch, classes]`; or if it has variables other than parameters and BatchNorm's
+            statistics.
     """
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    try:
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        logits = jax.eval_shape(model.apply, variables, images)
+        jax.eval_shape(train, variables, images)
+    except (TypeError, FlaxError) as error:
+        raise ConfigError(
+            "config.model.name: the network must be called as model.apply(variables, images, "
+            "train=...), without random numbers: " + " ".join(str(error).split())
+        ) from error
     others = sorted(set(variables) - {"params", "batch_stats"})
     if others or "params" not in variables:
         raise ConfigError(
             "config.model.name: the network must have 'params' and at most 'batch_stats' beside "
             f"them, got {', '.join(map(repr, variables)) or 'no variables'}"
         )
-    logits = jax.eval_shape(model.apply, variables, images)
     if getattr(logits, "shape", None) != (2, num_classes):
         raise ConfigError(
             f"config.model.name: the network must map [batch, {', '.join(map(str, image_shape))}] "

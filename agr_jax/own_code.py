@@ -25,8 +25,10 @@ def call(field: str, name: str, *arguments: Any) -> Any:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{field}: cannot import {name!r}: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{field}: {name} is no function, but a {type(function).__name__}")
     made = function(*arguments)
     try:
         hash(made)

@@ -50,11 +50,18 @@ def cautions(config: Config) -> list[str]:
             f"config.optimizer.milestones: of {milestones} none is reached in {epochs} epochs: the "
             "learning rate never drops"
         )
-    starts = zip(("gop", "gics"), optim.start_epochs(config.agr), strict=True)
+    agr, (gop, gics) = config.agr, optim.start_epochs(config.agr)
+    starts = {
+        "agr.gop_start_epoch": gop,
+        "agr.gics_start_epoch": gics,
+        "agr.clip_start_epoch": agr.clip_start_epoch
+        if agr.enabled and agr.clip != "none"
+        else None,
+        "awp.start_epoch": config.awp.start_epoch if config.awp.enabled else None,
+    }
     found += [
-        f"config.agr.{part}_start_epoch: {start} is not reached in {epochs} epochs: this part of "
-        "AGR never acts"
-        for part, start in starts
+        f"config.{field}: {start} is not reached in {epochs} epochs: what begins there never acts"
+        for field, start in starts.items()
         if start is not None and start >= epochs
     ]
     message = too_short(methods.training_attack(config.attack))

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from agr_jax.config import Config
 from agr_jax.models.convolution import default_implementation
-from agr_jax.models.layers import Conv
+from agr_jax.models.layers import Conv, normalize
 from configs import base
 
 
@@ -35,11 +35,12 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Logits; without BatchNorm training and evaluation are the same."""
-        x = ((images - jnp.asarray(self.mean)) / jnp.asarray(self.std)).astype(self.dtype)
+        x = normalize(images, self.mean, self.std, self.dtype)
         for features, stride in ((self.width, 1), (2 * self.width, 2)):
             conv = Conv(features, 3, stride, default_implementation(), dtype=self.dtype)
             x = nn.relu(conv(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x.reshape(len(x), -1))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x.reshape(len(x), -1))
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))  # losses need the digits
 
 
 def create(config: Config, num_classes: int, dtype: Any) -> ConvNet:

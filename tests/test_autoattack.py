@@ -511,6 +511,19 @@ def test_zero_gradients_are_noticed(small):
         evaluate(flat, images, own, attack)
 
 
+def test_gradients_of_nan_are_noticed(small):
+    """A loss of cross-entropy too, whose gradient may vanish for good reasons."""
+    logits_fn, images, labels = small
+
+    def blind(x):
+        zero = x.mean((1, 2, 3)) - x.mean((1, 2, 3))
+        return logits_fn(x) + jnp.where(zero == 0, 0.0, jnp.sqrt(zero))[:, None]
+
+    attack = autoattack(Linf(0.01), version="custom", attacks=("apgd-ce",))
+    with pytest.warns(EvaluationWarning, match=r"one that is NaN \(images x runs, apgd-ce: \d+\)"):
+        attack.evaluate(blind, images, labels, KEY, progress=False)
+
+
 def test_square_improving_is_noticed(small):
     logits_fn, images, _ = small
 

@@ -7,8 +7,9 @@ from PIL import Image
 
 from agr_jax import evaluate, methods, run_folder, train
 from agr_jax.config import from_config_dict
+from agr_jax.data import Dataset, Split
 from agr_jax.metrics import read_json_lines
-from examples import logit_pairing, own_classifier, own_images, own_network
+from examples import cifar10_autoattack, logit_pairing, own_classifier, own_images, own_network
 
 
 def small() -> ConfigDict:
@@ -103,3 +104,22 @@ def test_own_images_train(tmp_path, capsys):
 def test_any_classifier_is_attacked(kind, capsys):
     own_classifier.main(kind)
     assert "AutoAttack, Linf epsilon 0.01, 20 images" in capsys.readouterr().out
+
+
+def test_cifar10_autoattack(monkeypatch, capsys, tmp_path):
+    """With images of random pixels in the place of CIFAR-10's."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    split = Split(images, np.arange(8, dtype=np.int32))
+    asked = []
+
+    def load(name, **options):
+        asked.append(name)
+        return Dataset(name, tuple("0123456789"), split, split, None, "nowhere", False)
+
+    monkeypatch.setattr(cifar10_autoattack, "load_dataset", load)
+    arguments = ["--examples=4", "--version=fast", f"--folder={tmp_path}"]
+    cifar10_autoattack.main(arguments)
+    printed = capsys.readouterr().out
+    assert "fast, not AutoAttack), Linf epsilon 0.03137, 4 images" in printed
+    assert asked == ["cifar10"]
+    assert any(tmp_path.iterdir())

@@ -34,6 +34,19 @@ class Nothing(nn.Module):
         return images.reshape(len(images), -1)[:, :10]
 
 
+class Untold(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+class Random(nn.Module):
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dropout(0.5, deterministic=not train)(images.reshape(len(images), -1))
+        return nn.Dense(10)(x)
+
+
 def linear(config, num_classes, dtype):
     return Linear(num_classes)
 
@@ -85,6 +98,9 @@ def test_made_once():
         ("resnet18", r"unknown model 'resnet18': choose 'preactresnet18' or .* MODULE:FUNCTION"),
         ("no_such_module:create", "cannot import 'no_such_module:create': No module named"),
         (f"{__name__}:other", "cannot import .* has no attribute 'other'"),
+        (":create", "cannot import ':create'"),
+        (".nets:create", "cannot import"),
+        ("json:decoder", "json:decoder is no function, but a module"),
         (f"{__name__}:text", r"must return a flax\.linen\.Module, got str"),
         (f"{__name__}:unhashable", "returns cannot be hashed .*table = .1. .*: it is a"),
     ],
@@ -100,6 +116,8 @@ def test_what_is_no_network_is_refused(name, message):
         (Linear(9), r"to logits \[batch, 10\], got .*\(2, 9\).* for a batch of 2"),
         (Counting(), "'params' and at most 'batch_stats' beside them, got 'calls', 'params'"),
         (Nothing(), "got no variables"),
+        (Untold(), r"called as model\.apply\(variables, images, train=.*unexpected keyword"),
+        (Random(), "without random numbers: .*dropout"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model, message):

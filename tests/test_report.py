@@ -526,10 +526,13 @@ def test_a_fixed_mix_as_good_as_agr_is_named(tmp_path):
 
 
 def test_the_line_through_fixed_tau(tmp_path):
-    """From (51, 50), tau 0.75, to (60, 20), tau 0.25: at AGR's 54 % clean it is at 40."""
-    arms = {"clip": 400, "agr": 540, "tau_0": 700, "tau_0.9": 450}
-    arms |= {"tau_0.75": 510, "tau_0.5": 800, "tau_0.25": 600}
-    fast = {"clip": 400, "agr": 410, "tau_0": 0, "tau_0.9": 450}
+    """From (51, 50), tau 0.75, to (60, 20), tau 0.25: at AGR's 54 % clean it is at 40.
+
+    Tau 0.9, at (53, 10), lies below that line, and does not lower it.
+    """
+    arms = {"clip": 400, "agr": 540, "tau_0": 610, "tau_0.9": 530}
+    arms |= {"tau_0.75": 510, "tau_0.5": 620, "tau_0.25": 600}
+    fast = {"clip": 400, "agr": 410, "tau_0": 0, "tau_0.9": 100}
     fast |= {"tau_0.75": 500, "tau_0.5": 0, "tau_0.25": 200}
     robust = [("base-0", arm, "fast", count) for arm, count in fast.items()]
     answers = answers_of(tmp_path / "one", {"base-0": arms}, robust=robust)

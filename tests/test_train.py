@@ -130,8 +130,14 @@ def test_an_evaluation_adds_to_the_one_before(finished, tmp_path, capsys):
     assert evaluate.table([record, missing]).splitlines()[3].endswith("| - | - | - | - |")
 
     capsys.readouterr()
-    assert list(evaluated(folder, attacks=("clean",), step_size=0.1)["attacks"]) == ["clean"]
-    assert "other settings, images or weights: its clean, pgd3, fgsm" in capsys.readouterr().out
+    # An older version's file has no digests; other settings leave out what depends on them.
+    old = json.loads(file.read_text())
+    del old["digests"]
+    file.write_text(json.dumps(old))
+    record = evaluated(folder, attacks=("clean",), step_size=0.1)
+    assert list(record["attacks"]) == ["clean", "fgsm", "pgd3@linf=0.3"]
+    left_out = f"{file}: pgd3, pgd3@linf=3/20 had other settings, and is left out"
+    assert left_out in capsys.readouterr().out
     file.write_text(file.read_text()[:100])
     assert list(evaluated(folder, attacks=("clean",))["attacks"]) == ["clean"]
     assert f"{file} is damaged, and is replaced" in capsys.readouterr().out
@@ -163,6 +169,26 @@ def test_steps_that_are_too_short_are_said_to_be(finished):
         (
             {"optimizer__milestones": (1,), "agr__gics_start_epoch": 2, "attack__steps": 4},
             [r"config\.agr\.gics_start_epoch: 2 is not reached in 2 epochs"],
+        ),
+        (  # the control, which would be plain AT
+            {
+                "optimizer__milestones": (1,),
+                "agr__gop": False,
+                "agr__interpolation": "none",
+                "agr__clip": "all",
+                "agr__clip_start_epoch": 150,
+                "attack__steps": 4,
+            },
+            [r"config\.agr\.clip_start_epoch: 150 is not reached in 2 epochs"],
+        ),
+        (
+            {
+                "optimizer__milestones": (1,),
+                "awp__enabled": True,
+                "awp__start_epoch": 10,
+                "attack__steps": 4,
+            },
+            [r"config\.awp\.start_epoch: 10 is not reached in 2 epochs"],
         ),
         (
             {
@@ -420,8 +446,13 @@ def test_an_attack_that_returns_nan_stops_the_evaluation(finished):
     classifier, _ = network.load_classifier(checkpoints.find(finished), config, dataset, on)
     attack = PGD(Linf(0.01), steps=1, loss=lambda z, y: jnp.nan * z[:, 0])
     split = Split(dataset.test.images[:8], dataset.test.labels[:8])
-    with pytest.raises(NonFiniteLossError, match="PGD returned images that are NaN, of the 8 from"):
-        evaluate.correct_under_attack(classifier, attack, split, seed=0, batch_size=8, on=on)
+    settings = {"seed": 0, "batch_size": 8, "on": on}
+    with pytest.raises(NonFiniteLossError, match=r"PGD left NaN in images 0 to 7: the network's"):
+        evaluate.correct_under_attack(classifier, attack, split, **settings)
+    variables = jax.tree.map(lambda leaf: jnp.nan * leaf, classifier.variables)
+    broken = dataclasses.replace(classifier, variables=variables)
+    with pytest.raises(NonFiniteLossError, match=r"NoneType left NaN"):
+        evaluate.correct_under_attack(broken, None, split, **settings)
 
 
 @pytest.mark.parametrize(

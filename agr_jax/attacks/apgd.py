@@ -154,7 +154,7 @@ class APGD:
                 stage, objective, logits_fn, images, start, warm=self.large_radii, loop=loop
             )
             start = result.best_points
-        return Outcome(result.points, result.fooled, result.zero_gradient)
+        return Outcome(result.points, result.fooled, result.zero_gradient, result.nan_gradient)
 
     def _steps_of_stages(self) -> list[int]:
         if not self.large_radii:
@@ -271,6 +271,7 @@ class _Result(NamedTuple):
     points: jax.Array
     fooled: jax.Array
     zero_gradient: jax.Array
+    nan_gradient: jax.Array
     best_points: jax.Array
     best_loss: jax.Array
 
@@ -320,12 +321,14 @@ def _search(
     else:
         rule = Momentum(attack.threat, attack.steps, attack.rho)
     step = _Step(rule, attack.stop_when_fooled, objective, images)
-    state, zero_gradient = _begin(step, logits_fn, start)
+    state, zero_gradient, nan_gradient = _begin(step, logits_fn, start)
     finished = _all_fooled if attack.stop_when_fooled else None
     state = loop(step, logits_fn, state, attack.steps, finished)
     found = state.found
     points = jnp.where(expand(found.fooled, images), found.points, found.best_points)
-    return _Result(points, found.fooled, zero_gradient, found.best_points, found.best_loss)
+    return _Result(
+        points, found.fooled, zero_gradient, nan_gradient, found.best_points, found.best_loss
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="warm")
@@ -388,15 +391,17 @@ class _Step:
 
 
 @jax.jit
-def _begin(step: _Step, logits_fn: LogitsFn, start: jax.Array) -> tuple[_State, jax.Array]:
-    """The state at the start, and where the loss has no gradient there."""
+def _begin(
+    step: _Step, logits_fn: LogitsFn, start: jax.Array
+) -> tuple[_State, jax.Array, jax.Array]:
+    """The state at the start, and where the loss has no gradient there, or a NaN one."""
     # Under L1 a start from a larger radius is pulled in; elsewhere it lies in the ball already.
     start = step.rule.threat.project(start, step.images)
     loss, wrong, gradient = step.objective.at(logits_fn, start, 0)
     found = Found(start, wrong, start, loss, gradient)
     state = _State(start, gradient, found, step.rule.begin(step.images, start, loss))
     flat = flatten(gradient)
-    return state, ~jnp.any(flat != 0, axis=1) | jnp.any(jnp.isnan(flat), axis=1)
+    return state, ~jnp.any(flat != 0, axis=1), jnp.any(jnp.isnan(flat), axis=1)
 
 
 def _update(

@@ -28,11 +28,13 @@ class Outcome(NamedTuple):
             the best point that the attack met.
         fooled: booleans `[batch]`.
         zero_gradient: booleans `[batch]`: the loss had no gradient where the attack started.
+        nan_gradient: booleans `[batch]`: it was NaN there.
     """
 
     points: jax.Array
     fooled: jax.Array
     zero_gradient: jax.Array
+    nan_gradient: jax.Array
 
 
 class Step(Protocol):
@@ -168,7 +170,9 @@ def check_inputs(images: jax.Array, labels: jax.Array, logits_fn: LogitsFn | Non
     if not labels.size:
         raise ValueError("there are no images to attack")
     if logits_fn is not None and not isinstance(labels, jax.core.Tracer):
-        check_labels(labels, _call.eval_shape(logits_fn, images).shape[-1])
+        num_classes = _call.eval_shape(logits_fn, images).shape[-1]
+        if num_classes > 1:  # one logit for two classes is for a loss of one's own
+            check_labels(labels, num_classes)
     if isinstance(images, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # images may be constants of a program that is traced

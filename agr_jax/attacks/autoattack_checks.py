@@ -107,12 +107,12 @@ def too_few_classes(num_classes: int, attacks: Sequence[str]) -> str | None:
 
 
 def zero_gradients(counts: Mapping[str, int]) -> str | None:
-    """Images at whose start a DLR loss had no gradient."""
+    """Images at whose start a DLR loss had no gradient, or any loss one that is NaN."""
     found = [f"{name}: {count}" for name, count in counts.items() if count]
     if not found:
         return None
     return (
-        "some runs started where the loss has no gradient (images x runs, "
+        "some runs started where the loss has no gradient, or one that is NaN (images x runs, "
         f"{', '.join(found)}): gradient-based attacks may be blind there; compare with Square, and "
         "look for saturated or quantised activations"
     )

@@ -155,25 +155,27 @@ class Run:
         images, labels, keys = self._put(rows, shape, name)
         if isinstance(one, Square):
             points = self._search_squares(one, rows, shape)
-            zero = np.zeros(len(rows), bool)
+            blind = np.zeros(len(rows), bool)
         else:
             run = _unit_from_host if jax.default_backend() == "cpu" else _unit
             filled = np.pad(batch.units, (0, shape - len(rows)), mode="edge")
             outcome = run(
                 self.apart, one, self.logits_fn, images, labels, keys, jnp.asarray(filled)
             )
-            points, zero = outcome.points, np.asarray(outcome.zero_gradient)[: len(rows)]
+            points, blind = outcome.points, np.asarray(outcome.nan_gradient)[: len(rows)]
+            if name in ("apgd-dlr", "apgd-t"):  # the cross-entropy's may vanish for other reasons
+                blind = blind | np.asarray(outcome.zero_gradient)[: len(rows)]
         # The last word has a look from outside: inside ball and box, and misclassified.
         fooled, predictions = _verify(self.attack, self.logits_fn, images, labels, points, keys)
         fooled = np.asarray(fooled)[: len(rows)]
         # The first run that fools an image counts, as if the others had not been made.
         needed = packing.until_fooled(rows, fooled)
-        fooled, zero = fooled & needed, zero & needed
+        fooled, blind = fooled & needed, blind & needed
         return BatchRecord(
             rows=rows,
             fooled=fooled,
             predictions=np.asarray(predictions)[: len(rows)],
-            zero_gradients=np.asarray(zero.sum() if name in ("apgd-dlr", "apgd-t") else 0),
+            zero_gradients=np.asarray(blind.sum()),
             seconds=np.asarray(time.perf_counter() - started),
             points=np.asarray(points)[: len(rows)][fooled],
         )

@@ -123,6 +123,7 @@ class FAB:
             points=jnp.where(expand(found.in_ball, images), found.points, images),
             fooled=found.in_ball,
             zero_gradient=jnp.zeros_like(found.in_ball),
+            nan_gradient=jnp.zeros_like(found.in_ball),
         )
 
 

@@ -24,7 +24,7 @@ class BatchRecord(NamedTuple):
         rows: integers `[n]`, which images.
         fooled: booleans `[n]`.
         predictions: integers `[n]`, at the attack's points.
-        zero_gradients: integer, images whose loss had no gradient at the start.
+        zero_gradients: integer, images whose loss had no gradient at the start, or a NaN one.
         seconds: that it took.
         points: `[fooled images, ...]`, of the images that were fooled.
     """

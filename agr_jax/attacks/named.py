@@ -52,6 +52,7 @@ _VERSIONS: dict[str, Any] = {
 _ITERATIVE = re.compile(
     r"(?P<kind>pgd|ifgsm|mim|slide|cw)(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?"
 )
+_RADIUS = re.compile(r"\d+/\d+|\d+(\.\d+)?(e[-+]?\d{1,3})?")
 
 
 class Name(NamedTuple):
@@ -74,10 +75,16 @@ class Name(NamedTuple):
         Raises:
             ValueError: if it is none.
         """
+        if not self.radius:
+            return None
         try:
-            return float(Fraction(self.radius)) if self.radius else None
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{self.radius!r} is no number and no fraction") from error
+            if _RADIUS.fullmatch(self.radius):
+                return float(Fraction(self.radius))
+        except (ZeroDivisionError, OverflowError):
+            pass
+        raise ValueError(
+            f"{self.radius!r} is no number, such as 0.05, and no fraction, such as 8/255"
+        )
 
 
 def split(name: str) -> Name:

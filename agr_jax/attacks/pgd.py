@@ -19,8 +19,8 @@ class PGD:
     """Projected gradient ascent on a loss, for a fixed number of steps; returns the last iterate.
 
     With restarts it returns, image by image, the first restart's that is misclassified, or else the
-    one of highest loss. Where the network's gradient is NaN, so is the image: a failure of the
-    network is not taken for robustness.
+    one of highest loss. Where the network's gradient is NaN, so is the image, unless a restart
+    fools the network: a failure is not taken for robustness.
 
     Called as `attack(logits_fn, images, labels, key)`; the iterations are one `lax.fori_loop` under
     `jit`. A plain `logits_fn` is part of the compiled program's identity: pass the same function
@@ -209,7 +209,7 @@ def _run_pgd(
         logits = logits_fn(new_points)
         wrong = misclassified(logits, labels)
         new_loss = attack.loss(logits, targets).astype(images.dtype)
-        better = ~fooled & (wrong | (new_loss > loss))
+        better = ~fooled & (wrong | (new_loss > loss) | jnp.isnan(new_loss))
         return (
             jnp.where(expand(better, images), new_points, points),
             fooled | wrong,

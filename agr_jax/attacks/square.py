@@ -100,7 +100,7 @@ class Square:
         state = self.begin(logits_fn, images, labels, keys)
         state = self.advance(logits_fn, images, labels, keys, state, 0, self.queries)
         fooled = state.margin >= 0
-        return Outcome(state.points, fooled, jnp.zeros_like(fooled))
+        return Outcome(state.points, fooled, jnp.zeros_like(fooled), jnp.zeros_like(fooled))
 
     def begin(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array

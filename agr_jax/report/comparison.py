@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -149,22 +150,24 @@ def _above_the_line(family: Mapping[str, RunRecord]) -> str:
     Choosing between two networks by chance reaches the line between their points. AT + clip stands
     for tau 1.
     """
-    runs = [_fixed(family, arm) for arm in FRONT] + [family.get("clip"), family.get("agr")]
-    if not all(run and "clean" in run.attacks and "fast" in run.attacks for run in runs):
+    agr = family.get("agr")
+    runs = [_fixed(family, arm) for arm in FRONT] + [family.get("clip")]
+    if any(_change(run, agr, attack) is None for run in runs for attack in ("clean", "fast")):
         return "not decided"
-    points = [
+    *points, (clean, fast) = (
         tuple(100 * run.attacks[attack].accuracy for attack in ("clean", "fast"))
-        for run in runs
+        for run in (*runs, agr)
         if run
-    ]
-    *line, (clean, fast) = points
-    line.sort()
-    xs, ys = zip(*line, strict=True)
-    if not xs[0] <= clean <= xs[-1]:
-        return (
-            f"AGR's clean accuracy, {clean:.2f}, is outside of theirs, {xs[0]:.2f} to {xs[-1]:.2f}"
-        )
-    return f"{fast - np.interp(clean, xs, ys):+.2f} points of fast (not AutoAttack)"
+    )
+    least, most = min(points)[0], max(points)[0]
+    if not least <= clean <= most:
+        return f"AGR's clean accuracy, {clean:.2f}, is outside of theirs, {least:.2f} to {most:.2f}"
+    reached = max(
+        float(np.interp(clean, (x, other_x), (y, other_y)))
+        for (x, y), (other_x, other_y) in itertools.combinations_with_replacement(sorted(points), 2)
+        if x <= clean <= other_x
+    )
+    return f"{fast - reached:+.2f} points of {named.title('fast')}"
 
 
 def _beats(run: RunRecord, others: Sequence[RunRecord]) -> tuple[bool | None, str]:

@@ -59,7 +59,7 @@ def recipe(scale: str, data: str, model: str, method: str, seed: int) -> ConfigD
         config.data.train_examples = 512
         config.data.validation_examples = 0
         config.optimizer.milestones = (3, 4)
-        config.attack.steps = 3
+        config.attack.steps, config.attack.step_size = 3, 2.5 * config.attack.epsilon / 3
         config.eval.examples = 64
         return config
     config.model.name, config.model.width = model, 16
