@@ -20,17 +20,11 @@ Example:
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
 import math
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -38,13 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agr_jax import models
+from agr_jax import models, weight_files
 from agr_jax.errors import CheckpointError
-from agr_jax.metrics import write_atomically
 from agr_jax.models.convolution import Implementation
-
-FORMAT_VERSION = 1
-"""Version of the metadata in a file, raised when an older library could no longer read it."""
+from agr_jax.weight_files import About
 
 _LAYOUTS = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours to PyTorch's, by the number of axes
 _LEAVES = {
@@ -54,25 +45,10 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_COUNTER = "num_batches_tracked"
 # What RobustBench's networks and its ImageNormalizer call the buffers of their normalisation.
 _MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
 _UNUSED = "sub_block1."  # TRADES' WideResNet has this stage, and no forward pass goes through it
-_SAFETENSORS_KEY, _NPZ_KEY = "agr_jax", "__metadata__"
-_SAFETENSORS_FLOATS = ("F16", "F32", "F64")  # those that NumPy has too
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
 _NAMES_SHOWN = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class _About:
-    """What a file's tensors do not say, and what they must agree with."""
-
-    name: str
-    width: int
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def load_torch_weights(
@@ -128,7 +104,7 @@ def load_torch_weights(
         >>> pgd(Linf(8 / 255), steps=20)(classifier, images, labels, key)   # doctest: +SKIP
     """
     path = Path(path)
-    found, about = _read(path)
+    found, about = weight_files.read(path)
     found, buffers = _without_normalisation(found)
     found, prefix = _with_plain_names(found)
     shapes = {tensor: value.shape for tensor, value in found.items()}
@@ -192,8 +168,7 @@ def save_torch_weights(
         >>> save_torch_weights("weights.safetensors", model, variables)     # doctest: +SKIP
     """
     path = Path(path)
-    suffix = _suffix(path, writing=True)
-    safetensors = _safetensors(path) if suffix == ".safetensors" else None
+    weight_files.check_writing(path)
     name = _name(model)
     if set(variables) != {"params", "batch_stats"}:
         raise CheckpointError(
@@ -213,19 +188,8 @@ def save_torch_weights(
     tensors = {tensor: _to_torch(leaf) for tensor, leaf in leaves.items()}
     _check_finite(path, tensors)
     for tensor in [tensor for tensor in tensors if tensor.endswith("running_mean")]:
-        tensors[tensor.replace("running_mean", _COUNTER)] = np.zeros((), np.int64)
-    about = _About(name, model.width, model.num_classes, mean, std)
-    metadata = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(about)})
-    if safetensors is not None:
-        content = safetensors.save(tensors, metadata={_SAFETENSORS_KEY: metadata})
-    else:
-        buffer = io.BytesIO()
-        np.savez(buffer, **{_NPZ_KEY: np.frombuffer(metadata.encode(), np.uint8), **tensors})  # type: ignore[arg-type]
-        content = buffer.getvalue()
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+        tensors[tensor.replace("running_mean", weight_files.COUNTER)] = np.zeros((), np.int64)
+    weight_files.write(path, tensors, About(name, model.width, model.num_classes, mean, std))
 
 
 # ---- names, layouts and architectures
@@ -438,107 +402,3 @@ def _some(names: Iterable[str]) -> str:
 
 def _describe(name: str, width: int, num_classes: int) -> str:
     return f"{name} of width {width} with {num_classes} classes"
-
-
-# ---- files
-
-
-def _suffix(path: Path, *, writing: bool) -> str:
-    suffix = path.suffix.lower()
-    if suffix in (".safetensors", ".npz"):
-        return suffix
-    if suffix not in _PICKLES:
-        raise CheckpointError(f"{path}: unknown suffix {suffix!r}; use '.safetensors' or '.npz'")
-    new = str(path.with_suffix(".safetensors"))
-    if writing:
-        raise CheckpointError(
-            f"{path}: no pickled file is written; save to {new!r}, and in PyTorch call "
-            f"model.load_state_dict(safetensors.torch.load_file({new!r}))"
-        )
-    raise CheckpointError(
-        f"{path}: a pickled file can run any program and is never read; convert it once, where "
-        "PyTorch is (`import safetensors.torch, torch`):\n"
-        f"    state = torch.load({str(path)!r}, map_location='cpu', weights_only=True)\n"
-        "    state = state.get('state_dict', state)\n"
-        "    safetensors.torch.save_file("
-        f"{{name: value.contiguous() for name, value in state.items()}}, {new!r})"
-    )
-
-
-def _safetensors(path: Path) -> ModuleType:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: '.safetensors' needs the package safetensors: pip install safetensors"
-        ) from error
-    return safetensors.numpy
-
-
-def _read(path: Path) -> tuple[dict[str, np.ndarray], _About | None]:
-    """A file's tensors, without the counters of batches, and its metadata, if they are ours."""
-    read = _read_safetensors if _suffix(path, writing=False) == ".safetensors" else _read_npz
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
-    tensors, metadata = read(path)
-    return tensors, None if metadata is None else _about(path, metadata)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | bytes | None]:
-    _safetensors(path)
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for tensor in file.keys():  # noqa: SIM118 (not a mapping)
-                if tensor.endswith(_COUNTER):
-                    continue
-                dtype = file.get_slice(tensor).get_dtype()
-                if dtype not in _SAFETENSORS_FLOATS:
-                    raise CheckpointError(
-                        f"{path}: {tensor!r} is {dtype}, expected one of "
-                        f"{', '.join(_SAFETENSORS_FLOATS)}; in PyTorch, save value.float()"
-                    )
-                tensors[tensor] = file.get_tensor(tensor)
-            return tensors, (file.metadata() or {}).get(_SAFETENSORS_KEY)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a safetensors file ({error})") from error
-
-
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str | bytes | None]:
-    try:
-        with zipfile.ZipFile(path):  # np.load would try other formats
-            pass
-        with np.load(path, allow_pickle=False) as file:
-            tensors = {tensor: file[tensor] for tensor in file if not tensor.endswith(_COUNTER)}
-            metadata = tensors.pop(_NPZ_KEY, None)
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, or not an npz file ({error})") from error
-    for tensor, value in tensors.items():
-        # Members that are no arrays, as in a renamed .pt file, come as bytes.
-        dtype = getattr(value, "dtype", "not an array")
-        if dtype not in (np.float16, np.float32, np.float64):
-            raise CheckpointError(
-                f"{path}: {tensor!r} is {dtype}, expected float16, float32 or float64"
-            )
-    return tensors, None if metadata is None else bytes(metadata)
-
-
-def _about(path: Path, metadata: str | bytes) -> _About:
-    """Parses what `save_torch_weights` wrote."""
-    try:
-        values = json.loads(metadata)
-        version = values.pop("format_version")
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: written by a later agr_jax (format {version}, this one reads "
-                f"{FORMAT_VERSION}); update agr_jax"
-            )
-        for name in ("mean", "std"):
-            values[name] = tuple(float(value) for value in values[name])
-        return _About(**values)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its agr_jax metadata are damaged ({error})") from error

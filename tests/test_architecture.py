@@ -25,6 +25,7 @@ ORDER = [
     "diagnostics",
     "checkpoints",
     "models",
+    "weight_files",
     "interop",
     "attacks",
     "methods",

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from official_weights import in_torch_layout, state_dict_shapes
 
-from agr_jax import interop, models
+from agr_jax import interop, models, weight_files
 from agr_jax.errors import CheckpointError
 from agr_jax.interop import load_torch_weights, save_torch_weights
 from examples import pytorch_weights
@@ -122,7 +122,7 @@ def test_metadata(small, suffix, tmp_path):
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata()["agr_jax"]
     assert json.loads(metadata) == {
-        "format_version": interop.FORMAT_VERSION,
+        "format_version": weight_files.FORMAT_VERSION,
         "name": name,
         "width": 8,
         "num_classes": 10,
