@@ -181,7 +181,8 @@ class AveragingConfig:
 
     Attributes:
         decay: share of the average that one step keeps; 0 for no average. Early steps keep less,
-            `(1 + step) / (10 + step)`, so that the initialisation is forgotten.
+            `(1 + step) / (10 + step)`, so that the initialisation is forgotten. The held-out split
+            then scores the average, and the best checkpoint is the best average.
     """
 
     decay: Annotated[float, Range(0, 1 - 1e-9)]

@@ -161,7 +161,7 @@ def evaluate_run(
         config: its config, possibly with other `eval` fields.
         which: of `last`, `best` and `average`, by default `config.eval.checkpoints`; beside the
             last one, the best is left out where nothing was held out, and the average where none is
-            kept.
+            kept. Where one is kept, the best is the average of its epoch.
         dataset: already loaded, or `None` to load it.
         on: devices, by default all.
         label: tells evaluations of one checkpoint with other attacks apart.
@@ -190,12 +190,15 @@ def evaluate_run(
             if name != "last" and "last" in which:  # nothing held out or not scored, no average
                 continue
             raise
-        item = "average" if name == "average" else "variables"
+        # What the held-out split scored, and so what is best, is the average where one is kept.
+        averaged = name != "last" and (checkpoint / "average").is_dir()
+        item = "average" if averaged else "variables"
         classifier, about = network.load_classifier(checkpoint, config, dataset, on, item=item)
         record: dict[str, Any] = {
             "checkpoint": name,
             "step": about["step"],
             "epoch": about["epoch"],
+            "weights": "moving average" if averaged else "as trained",
             "data": dataset.describe(),
             "complete_data": dataset.complete,
             "examples": examples,

@@ -353,13 +353,16 @@ def _all_finite(tree: Any) -> jax.Array:
 def _validate(
     config: Config, trainer: Trainer, state: TrainState, dataset: Dataset, epoch: int
 ) -> dict[str, float]:
-    """Accuracy on the held-out split, clean and under PGD with as many steps as in training."""
+    """Accuracy on the held-out split, clean and under PGD with as many steps as in training.
+
+    Of the moving average where one is kept: the network that the run is for.
+    """
     done = epoch + 1
     due = done % config.eval.every_epochs == 0 or done == config.epochs
     if dataset.validation is None or not due:
         return {}
     model = network.from_config(config, dataset.num_classes)
-    classifier = Classifier(model, state.variables)
+    classifier = Classifier(model, state.average or state.variables)
     attack = methods.validation_attack(config.attack)
     names = {"validation_clean_accuracy": None, checkpoints.SELECTION_METRIC: attack}
     return {

@@ -3,6 +3,7 @@
 On digits with a small network, over four CPU devices.
 """
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -28,7 +29,7 @@ from agr_jax import (
 )
 from agr_jax.attacks import PGD
 from agr_jax.config import Config
-from agr_jax.data import to_unit_range
+from agr_jax.data import Split, to_unit_range
 from agr_jax.data.batches import epoch_permutation
 from agr_jax.diagnostics import DiagnosticsLog
 from agr_jax.errors import CheckpointError, RunFolderError
@@ -270,6 +271,37 @@ def test_a_branch_may_drop_the_average(finished, tmp_path):
     assert train.run(small("standard", **WHOLE, init_from=str(base)), tmp_path / "branch") == 0
     assert train.run(small("standard", **WHOLE), tmp_path / "whole") == 0
     assert_bit_identical(saved(tmp_path / "branch"), saved(tmp_path / "whole"))
+
+
+def test_the_held_out_split_scores_the_average():
+    """Two networks of random weights, on labels that are what the averaged one says."""
+    config = small("standard", **AVERAGED)
+    dataset = evaluate.dataset_from_config(config)
+    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
+    one, other = (trainer.init(jax.random.key(i), dataset.image_shape).variables for i in (0, 1))
+    images = to_unit_range(jnp.asarray(dataset.validation.images))
+    said = Classifier(network.from_config(config, 10), other)(images).argmax(-1)
+    validation = Split(dataset.validation.images, np.asarray(said, np.int32))
+    dataset = dataclasses.replace(dataset, validation=validation)
+    accuracy = {}
+    for average in (None, other):
+        state = SimpleNamespace(variables=one, average=average)
+        scores = train._validate(config, trainer, state, dataset, config.epochs - 1)
+        accuracy[average is None] = scores["validation_clean_accuracy"]
+    # Compiled for another batch: an image at the decision boundary may tip.
+    assert accuracy[False] >= 1 - 1 / len(said)
+    assert accuracy[True] < 0.7
+
+
+def test_the_best_row_is_an_average_where_one_is_kept(finished):
+    folder = finished("standard", **WHOLE, **AVERAGED, epochs=1)
+    rows = {
+        row: json.loads((folder / f"evaluations/{row}-first60.json").read_text())
+        for row in ("last", "best", "average")
+    }
+    digests = [rows[row]["digests"]["network"] for row in ("last", "best", "average")]
+    assert digests[0] != digests[1] == digests[2]
+    assert [rows[row]["weights"] for row in ("last", "best")] == ["as trained", "moving average"]
 
 
 @pytest.mark.slow
@@ -718,7 +750,7 @@ def test_the_held_out_split_meets_the_same_attack_whatever_the_method(monkeypatc
         return np.ones(60, bool)
 
     monkeypatch.setattr(evaluate, "correct_under_attack", record)
-    nothing = SimpleNamespace(variables={}, on=None)
+    nothing = SimpleNamespace(average=None, variables={}, on=None)
     scores = train._validate(config, nothing, nothing, dataset, epoch=1)
     expected = PGD(Linf(0.15), steps=2, step_size=0.0375, random_start=True)
     assert dict(zip(scores, seen, strict=True)) == {
