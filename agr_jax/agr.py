@@ -304,14 +304,14 @@ def clean_and_adversarial_grads(
     if aux is None:
         loss_and_grad = jax.value_and_grad(loss_fn)
         clean_loss, clean_grads = loss_and_grad(params, clean)
-        # The gradients themselves go around the barrier, which would mark what is the same on all
-        # devices of a `shard_map` as different.
-        _, adversarial = jax.lax.optimization_barrier((clean_grads, adversarial))
+        # Not with the batch: a barrier takes what is the same on all devices of a `shard_map` for
+        # different where one of its arguments is.
+        clean_grads, params = jax.lax.optimization_barrier((clean_grads, params))
         adversarial_loss, adversarial_grads = loss_and_grad(params, adversarial)
         return GradientPair(clean_grads, adversarial_grads), (clean_loss, adversarial_loss)
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (clean_loss, aux), clean_grads = loss_and_grad(params, clean, aux)
-    _, adversarial = jax.lax.optimization_barrier((clean_grads, adversarial))
+    clean_grads, params = jax.lax.optimization_barrier((clean_grads, params))
     (adversarial_loss, aux), adversarial_grads = loss_and_grad(params, adversarial, aux)
     return GradientPair(clean_grads, adversarial_grads), (clean_loss, adversarial_loss), aux
 

@@ -194,6 +194,10 @@ def evaluate_run(
         averaged = name != "last" and (checkpoint / "average").is_dir()
         item = "average" if averaged else "variables"
         classifier, about = network.load_classifier(checkpoint, config, dataset, on, item=item)
+        digests = {
+            "network": digest(classifier),
+            "images": digest([split.images, split.labels]),
+        }
         record: dict[str, Any] = {
             "checkpoint": name,
             "step": about["step"],
@@ -204,20 +208,17 @@ def evaluate_run(
             "examples": examples,
             "seed": config.seed,
             "threat": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
-            "digests": {
-                "network": digest(classifier),
-                "images": digest([split.images, split.labels]),
-            },
+            "digests": digests,
             "attacks": {},
             **provenance(config, on),
         }
         path = run_folder.evaluations_path(folder) / f"{name}{subset}.json"
-        record["attacks"] = _earlier_attacks(path, record, config)
         # What is done of attacks that are not asked for now stays there.
         unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
         with run_folder.locked(unfinished):
+            record["attacks"] = _earlier_attacks(path, record, config)
             for attack_name, attack in attacks.items():
-                arguments = attack_name, attack, classifier, split, config, on
+                arguments = attack_name, attack, classifier, split, config, on, digests
                 done = unfinished / attack_name.replace("/", "-")
                 try:
                     found = _evaluate_attack(*arguments, done)
@@ -259,7 +260,10 @@ def _earlier_attacks(path: Path, record: Mapping[str, Any], config: Config) -> d
         return {}
     left_out = [name for name in earlier["attacks"] if name not in kept]
     if left_out:
-        print(f"{path}: {', '.join(left_out)} had other settings, and is left out", flush=True)
+        print(
+            f"{path}: {', '.join(left_out)} left out: of other settings, weights or images",
+            flush=True,
+        )
     return kept
 
 
@@ -284,6 +288,7 @@ def _evaluate_attack(
     split: Split,
     config: Config,
     on: Mesh,
+    digests: Mapping[str, str],
     folder: Path,
 ) -> dict[str, Any]:
     """One attack's entry of a record."""
@@ -300,8 +305,7 @@ def _evaluate_attack(
             **{field: str(value) for field, value in settings.items()},
             "seed": config.seed,
             "batch_size": config.eval.batch_size,
-            "images": digest([split.images, split.labels]),
-            "network": digest(classifier),
+            **digests,
         }
         batch_size = min(config.eval.batch_size, len(split.labels))
         batches = -(-len(split.labels) // (batch_size + -batch_size % on.size))

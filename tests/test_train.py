@@ -136,7 +136,7 @@ def test_an_evaluation_adds_to_the_one_before(finished, tmp_path, capsys):
     file.write_text(json.dumps(old))
     record = evaluated(folder, attacks=("clean",), step_size=0.1)
     assert list(record["attacks"]) == ["clean", "fgsm", "pgd3@linf=0.3"]
-    left_out = f"{file}: pgd3, pgd3@linf=3/20 had other settings, and is left out"
+    left_out = f"{file}: pgd3, pgd3@linf=3/20 left out: of other settings"
     assert left_out in capsys.readouterr().out
     file.write_text(file.read_text()[:100])
     assert list(evaluated(folder, attacks=("clean",))["attacks"]) == ["clean"]
