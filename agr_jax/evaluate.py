@@ -106,9 +106,10 @@ def correct_under_attack(
         with jax.default_matmul_precision("float32"):
             correct, defined = _correct(attack, classifier, *batch)
         if not bool(defined.all()):
+            under = "no attack" if attack is None else type(attack).__name__
             raise NonFiniteLossError(
-                f"{type(attack).__name__} left NaN in images {start} to {stop - 1}: the network's "
-                "logits, or their gradient, are NaN there, which says nothing of its robustness"
+                f"images {start} to {stop - 1} under {under}: the network's logits, or their "
+                "gradient, are NaN for some, which says nothing of its robustness"
             )
         masks.append(np.asarray(correct)[: stop - start])
         if journal is not None:
