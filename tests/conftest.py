@@ -1,6 +1,8 @@
 """Settings of the test process, and where the reference numbers lie."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,8 +19,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # thousands of small ones
-# Most of the tests' time is compilation, which LLVM's first level shortens.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+
+def _are_known(flags: str) -> bool:
+    """Whether this XLA knows the flags; it aborts a process that sets others."""
+    return not subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices('cpu')"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+    ).returncode
+
+
+# Most of the tests' time is compilation, which LLVM's first level and XLA's older emitters shorten.
+if "XLA_FLAGS" not in os.environ:
+    _quick = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = _quick if _are_known(_quick) else ""
 
 flags.FLAGS.mark_as_parsed()
 

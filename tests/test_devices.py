@@ -70,7 +70,8 @@ def updated(initial):
     return run
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # the exact ones of tests/float64 are not
+@pytest.mark.parametrize("devices", [2, 4])
 def test_one_update_agrees(initial, updated, devices):
     state, metrics = updated(1)
     other, other_metrics = updated(devices)

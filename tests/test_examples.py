@@ -106,6 +106,7 @@ def test_any_classifier_is_attacked(kind, capsys):
     assert "AutoAttack, Linf epsilon 0.01, 20 images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cifar10_autoattack(monkeypatch, capsys, tmp_path):
     """With images of random pixels in the place of CIFAR-10's."""
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)

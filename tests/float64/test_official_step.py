@@ -113,13 +113,11 @@ def test_awp_baseline(take_step, names):
     check(perturbation_errors(result, z, "base64_", names, gamma=0.01))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clean_gradient_at", "key", "forward"),
     # The stored clean pass is that at w.
-    [
-        ("unperturbed", "cleanw64_", "agr64_"),
-        pytest.param("perturbed", "cleanwv64_", "", marks=pytest.mark.slow),
-    ],
+    [("unperturbed", "cleanw64_", "agr64_"), ("perturbed", "cleanwv64_", "")],
 )
 def test_awp_with_agr(take_step, names, clean_gradient_at, key, forward):
     result, z = take_step("awp", agr=True, clean_gradient_at=clean_gradient_at)
