@@ -28,7 +28,8 @@ class ModelConfig:
     """Which network.
 
     Attributes:
-        name: `preactresnet18`, `wrn34_10`, any `wrn<depth>_<widen factor>`, or `MODULE:FUNCTION` of
+        name: `preactresnet18`, `wrn34_10`, any `wrn<depth>_<widen factor>`, each with `_silu` at
+            its end for the variant of `agr_jax.models.create`, or `MODULE:FUNCTION` of
             your own, a function from a `Config`, the number of classes and the dtype to a Linen
             module, as in `examples/own_network.py`; what of the fields below it heeds is its own.
         width: channels of the first convolution; 0 for the published network's.

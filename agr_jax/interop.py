@@ -5,7 +5,8 @@
 `.safetensors` (with the extra `torch`) or `.npz`. Pickled files (`.pt`, `.pth`) are never read.
 
 Names are those of the published networks: the PreAct-ResNet-18 of the AGR code and of RobustBench
-(there with `bn_before_fc=True, out_shortcut=True`), and TRADES' and RobustBench's WideResNet.
+(there with `bn_before_fc=True, out_shortcut=True`), TRADES' and RobustBench's WideResNet, and the
+SiLU variants of both, Gowal et al.'s (RobustBench's DMPreActResNet of depth 18 and DMWideResNet).
 
 Example:
     >>> import jax, jax.numpy as jnp
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agr_jax import models, weight_files
+from agr_jax import models, torch_names, weight_files
 from agr_jax.errors import CheckpointError
 from agr_jax.models.convolution import Implementation
+from agr_jax.torch_names import NAMES_SHOWN, listed
 from agr_jax.weight_files import About
 
 _LAYOUTS = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours to PyTorch's, by the number of axes
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 # What RobustBench's networks and its ImageNormalizer call the buffers of their normalisation.
 _MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
 _UNUSED = "sub_block1."  # TRADES' WideResNet has this stage, and no forward pass goes through it
-_NAMES_SHOWN = 4
 
 
 def load_torch_weights(
@@ -71,14 +65,16 @@ def load_torch_weights(
     WideResNet may be called `linear` (the AGR code) instead of `fc`.
 
     Two networks with the same names and shapes cannot be told apart. RobustBench's PreActResNet
-    with `out_shortcut=False` is one: it needs another forward pass than this library's.
+    with `out_shortcut=False` is one: it needs another forward pass than this library's. The names
+    of Gowal et al. are taken for SiLU (`activation_fn=Swish` or `nn.SiLU`, as all such networks of
+    RobustBench have it), and for images of an even height and width without `padding=`.
 
     Args:
         path: a `.safetensors` or `.npz` file. Convolutions `[out, in, k, k]`, linear layers
             `[out, in]`, statistics `running_mean` and `running_var`, in float16, float32 or
             float64.
-        name: `"preactresnet18"` or `"wrn<depth>_<widen factor>"`, for files that must hold this
-            network and no other.
+        name: `"preactresnet18"` or `"wrn<depth>_<widen factor>"`, or one of them with `"_silu"` at
+            its end, for files that must hold this network and no other.
         mean: input mean per channel (or one for all), for images in [0, 1], subtracted inside the
             network. Required where the file does not say it, as most that PyTorch wrote; where it
             does, in its metadata or in buffers `mean` and `std` (or `mu` and `sigma`, as the
@@ -110,7 +106,7 @@ def load_torch_weights(
     shapes = {tensor: value.shape for tensor, value in found.items()}
     note = f" (names without their prefix {prefix!r})" if prefix else ""
 
-    inferred, width, num_classes, channels = _architecture(path, shapes, note)
+    inferred, width, num_classes, channels = torch_names.architecture(path, shapes, note)
     if name not in (None, inferred):
         raise CheckpointError(f"{path} holds the tensors of {inferred!r}, not of {name!r}{note}")
     if about is not None:
@@ -126,7 +122,7 @@ def load_torch_weights(
     _check_shapes(
         f"{path} does not hold a {_describe(inferred, width, num_classes)}{note}",
         shapes,
-        _torch_shapes(_by_torch_name(tree)),
+        _torch_shapes(torch_names.by_tensor_name(tree, inferred)),
     )
     with np.errstate(over="ignore"):  # infinities are reported by name
         found = {tensor: value.astype(param_dtype, copy=False) for tensor, value in found.items()}
@@ -135,7 +131,7 @@ def load_torch_weights(
     mean, std = _normalisation(path, known, mean, std, channels)
 
     def ours(leaf_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        value = found[_torch_name(leaf_path)]
+        value = found[torch_names.tensor_name(leaf_path, inferred)]
         return jnp.asarray(np.ascontiguousarray(value.transpose(np.argsort(_layout(leaf)))))
 
     model = model.clone(mean=mean, std=std)
@@ -150,12 +146,13 @@ def save_torch_weights(
     PyTorch reads the `.safetensors` file with `safetensors.torch.load_file` and takes it with
     `load_state_dict(strict=True)`. Its network does not see the metadata: normalise the images by
     the `mean` and `std` of `model` there. The last layer of a WideResNet is called `fc` (the AGR
-    code calls it `linear`). The file is written beside its place first, so that none is ever half
-    there.
+    code calls it `linear`; SiLU variants have names of their own). The file is written beside its
+    place first, so that none is ever half there.
 
     Args:
         path: where to; the suffix, `.safetensors` or `.npz`, decides the format.
-        model: PreAct-ResNet-18 or a WideResNet, of any width and any number of classes.
+        model: PreAct-ResNet-18 or a WideResNet, or a SiLU variant, of any width and any number of
+            classes.
         variables: `{"params": ..., "batch_stats": ...}` of this model. float64 stays float64;
             every other dtype is written as float32.
 
@@ -169,21 +166,21 @@ def save_torch_weights(
     """
     path = Path(path)
     weight_files.check_writing(path)
-    name = _name(model)
+    name = torch_names.network_name(model)
     if set(variables) != {"params", "batch_stats"}:
         raise CheckpointError(
             f"{path}: variables must be {{'params': ..., 'batch_stats': ...}}, "
-            f"got {_some(variables)}"
+            f"got {listed(variables)}"
         )
-    leaves = _by_torch_name(dict(variables))
-    kernel = np.shape(leaves.get("conv1.weight", ()))
+    leaves = torch_names.by_tensor_name(dict(variables), name)
+    kernel = np.shape(leaves.get(torch_names.layer_name("conv1", name) + ".weight", ()))
     channels = kernel[2] if len(kernel) == 4 else 3
     mean, std = _normalisation(path, None, model.mean, model.std, channels)
     tree = _abstract_variables(model, channels)
     _check_shapes(
         f"{path}: the variables are not those of this {name!r}",
         _torch_shapes(leaves),
-        _torch_shapes(_by_torch_name(tree)),
+        _torch_shapes(torch_names.by_tensor_name(tree, name)),
     )
     tensors = {tensor: _to_torch(leaf) for tensor, leaf in leaves.items()}
     _check_finite(path, tensors)
@@ -192,25 +189,7 @@ def save_torch_weights(
     weight_files.write(path, tensors, About(name, model.width, model.num_classes, mean, std))
 
 
-# ---- names, layouts and architectures
-
-
-def _torch_name(leaf_path: Any) -> str:
-    """PyTorch's name of a leaf, given its path in the variables."""
-    _, *modules, leaf = jax.tree_util.keystr(leaf_path, simple=True, separator="/").split("/")
-    name = ".".join(modules)
-    if block := re.fullmatch(r"layer(\d+)_(\d+)\.(\w+)", name):
-        part = "shortcut.0" if block[3] == "shortcut" else block[3]
-        name = f"layer{block[1]}.{block[2]}.{part}"
-    elif block := re.fullmatch(r"block(\d+)_(\d+)\.(\w+)", name):
-        part = "convShortcut" if block[3] == "shortcut" else block[3]
-        name = f"block{block[1]}.layer.{block[2]}.{part}"
-    return f"{name}.{_LEAVES.get(leaf, leaf)}"
-
-
-def _by_torch_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of variables by PyTorch's names."""
-    return {_torch_name(leaf_path): leaf for leaf_path, leaf in jax.tree.leaves_with_path(tree)}
+# ---- layouts and names
 
 
 def _layout(leaf: Any) -> tuple[int, ...]:
@@ -236,56 +215,6 @@ def _abstract_variables(model: nn.Module, channels: int) -> Any:
     """Shapes and dtypes of a model's variables; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
-def _name(model: nn.Module) -> str:
-    if isinstance(model, models.PreActResNet) and tuple(model.blocks) == (2, 2, 2, 2):
-        return "preactresnet18"
-    if isinstance(model, models.WideResNet):
-        return f"wrn{model.depth}_{model.widen_factor}"
-    raise CheckpointError(
-        f"PyTorch's names are known for PreActResNet with blocks (2, 2, 2, 2) and WideResNet, "
-        f"not for {model.__class__.__name__} with blocks {getattr(model, 'blocks', None)}"
-    )
-
-
-def _architecture(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], note: str
-) -> tuple[str, int, int, int]:
-    """Name, width, number of classes and input channels, from the names and shapes."""
-
-    def shape_of(tensor: str, axes: str) -> tuple[int, ...]:
-        if tensor not in shapes:
-            raise CheckpointError(
-                f"{path}: missing tensor {tensor!r}{note}; it holds {_some(shapes)}"
-            )
-        shape = shapes[tensor]
-        if len(shape) != axes.count(",") + 1 or 0 in shape:
-            raise CheckpointError(f"{path}: {tensor!r} has shape {shape}, expected ({axes}){note}")
-        return shape
-
-    if any(tensor.startswith("layer1.") for tensor in shapes):
-        name, last = "preactresnet18", "linear"
-        width, channels = shape_of("conv1.weight", "width, channels, 3, 3")[:2]
-    elif any(tensor.startswith("block1.layer.") for tensor in shapes):
-        width, channels = shape_of("conv1.weight", "width, channels, 3, 3")[:2]
-        first = "block1.layer.0.conv1.weight"
-        widened = shape_of(first, "width * widen factor, width, 3, 3")[0]
-        if widened % width:
-            raise CheckpointError(
-                f"{path}: {first!r} has {widened} outputs, expected a multiple of the width of "
-                f"'conv1.weight', {width}{note}"
-            )
-        matches = (re.match(r"block\d\.layer\.(\d+)\.", tensor) for tensor in shapes)
-        blocks = len({match[1] for match in matches if match})
-        name = f"wrn{6 * blocks + 4}_{widened // width}"
-        last = "fc"
-    else:
-        raise CheckpointError(
-            f"{path}: neither a PreAct-ResNet-18 ('layer1.0.conv1.weight', ...) nor a WideResNet "
-            f"('block1.layer.0.conv1.weight', ...){note}; it holds {_some(shapes)}"
-        )
-    return name, width, shape_of(f"{last}.weight", "classes, features")[0], channels
 
 
 def _with_plain_names(found: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
@@ -377,12 +306,12 @@ def _check_shapes(
     ]
     problems = []
     if missing := expected.keys() - found.keys():
-        problems.append(f"missing tensors: {_some(missing)}")
+        problems.append(f"missing tensors: {listed(missing)}")
     if unexpected := found.keys() - expected.keys():
-        problems.append(f"unexpected tensors: {_some(unexpected)}")
+        problems.append(f"unexpected tensors: {listed(unexpected)}")
     if wrong:
-        more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
-        problems.append(", ".join(wrong[:_NAMES_SHOWN]) + more)
+        more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
+        problems.append(", ".join(wrong[:NAMES_SHOWN]) + more)
     if problems:
         raise CheckpointError(f"{what}: {'; '.join(problems)}")
 
@@ -390,14 +319,7 @@ def _check_shapes(
 def _check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     bad = [tensor for tensor, value in tensors.items() if not np.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f"{path}: values that are NaN or infinite in {_some(bad)}")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names, quoted, and how many more there are."""
-    names = sorted(names)
-    shown = ", ".join(map(repr, names[:_NAMES_SHOWN])) or "nothing"
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+        raise CheckpointError(f"{path}: values that are NaN or infinite in {listed(bad)}")
 
 
 def _describe(name: str, width: int, num_classes: int) -> str:

@@ -25,6 +25,7 @@ ORDER = [
     "diagnostics",
     "checkpoints",
     "models",
+    "torch_names",
     "weight_files",
     "interop",
     "attacks",

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from official_weights import in_torch_layout, state_dict_shapes
 
-from agr_jax import interop, models, weight_files
+from agr_jax import interop, models, torch_names, weight_files
 from agr_jax.errors import CheckpointError
 from agr_jax.interop import load_torch_weights, save_torch_weights
 from examples import pytorch_weights
@@ -56,7 +56,7 @@ def wide():
 
 def written(model, variables):
     """Tensors as PyTorch's state_dict has them."""
-    leaves = interop._by_torch_name(variables)
+    leaves = torch_names.by_tensor_name(variables, torch_names.network_name(model))
     return {name: interop._to_torch(leaf) for name, leaf in leaves.items()}
 
 
@@ -539,7 +539,7 @@ def test_variables_of_another_network_are_not_written(suffix, tmp_path):
             ["'wrn10_2'", "has shape (8,), expected (16,)", "more"],
         ),
         (models.create("wrn16_1", 10, width=8), ["missing tensors: 'block1.layer.1.bn1.bias'"]),
-        (models.create("preactresnet18", 10, width=8), ["unexpected tensors: 'block1.layer.0"]),
+        (models.create("preactresnet18", 10, width=8), ["unexpected tensors: 'block1_0.bn1"]),
         (models.create("wrn10_1", 9, width=8), ["'fc.bias' has shape (10,), expected (9,)"]),
     ):
         with pytest.raises(CheckpointError) as error:

@@ -28,6 +28,8 @@ def count(tree):
         ("preactresnet18", 100, 11_172_170 + 90 * 513, 56),
         ("wrn34_10", 10, 46_160_474, 98),
         ("wrn16_4", 10, 2_748_890, 44),
+        ("wrn28_10_silu", 10, 36_479_194, 80),
+        ("preactresnet18_silu", 10, 12_548_426, 56),
     ],
 )
 def test_published_sizes(name, classes, parameters, leaves):
@@ -65,7 +67,8 @@ def test_width(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "PreActResNet18", "wrn33_10", "wrn4_1", "wrn34_0", "wrn34", "wrn34_10x"]
+    "name",
+    ["resnet18", "PreActResNet18", "wrn33_10", "wrn4_1", "wrn34_0", "wrn34", "wrn34_10_relu"],
 )
 def test_unknown_names_are_refused(name):
     with pytest.raises(ValueError, match=r"unknown model .*choose 'preactresnet18' or 'wrn<depth>"):

@@ -35,7 +35,10 @@ __all__ = [
     "pretrained_names",
 ]
 
-_NAMES = "'preactresnet18' or 'wrn<depth>_<widen factor>' with a depth of 6 n + 4, as 'wrn34_10'"
+_NAMES = (
+    "'preactresnet18' or 'wrn<depth>_<widen factor>' with a depth of 6 n + 4, as 'wrn34_10', "
+    "either with '_silu' at its end"
+)
 
 
 def create(
@@ -53,7 +56,9 @@ def create(
     """Makes a network by name.
 
     Args:
-        name: `"preactresnet18"`, or `"wrn<depth>_<widen factor>"` such as `"wrn34_10"`.
+        name: `"preactresnet18"`, or `"wrn<depth>_<widen factor>"` such as `"wrn34_10"`; with
+            `"_silu"` at its end, as in `"wrn28_10_silu"`, the variant of Gowal et al., which about
+            half of RobustBench's CIFAR networks are.
         num_classes: number of logits.
         width: channels of the first convolution; by default the published 64 (PreAct-ResNet) or 16
             (WideResNet). Smaller for small machines.
@@ -79,9 +84,11 @@ def create(
     }
     if width is not None:
         settings["width"] = width
-    if name == "preactresnet18":
+    family = name.removesuffix("_silu")
+    settings["silu"] = name != family
+    if family == "preactresnet18":
         return PreActResNet(**settings)
-    match = re.fullmatch(r"wrn(\d+)_(\d+)", name)
+    match = re.fullmatch(r"wrn(\d+)_(\d+)", family)
     if match and int(match[1]) >= 10 and int(match[1]) % 6 == 4 and int(match[2]) >= 1:
         return WideResNet(depth=int(match[1]), widen_factor=int(match[2]), **settings)
     raise ValueError(f"unknown model {name!r}: choose {_NAMES}")

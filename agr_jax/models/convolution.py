@@ -31,108 +31,125 @@ def convolve(
     kernel: jax.Array,
     *,
     stride: int = 1,
-    padding: int | None = None,
+    padding: int | tuple[int, int] | None = None,
     implementation: Implementation = "plain",
 ) -> jax.Array:
-    """Cross-correlates images with a kernel, padded with zeros as PyTorch pads.
+    """Cross-correlates images with a kernel, padded with zeros.
 
     Args:
         images: `[batch, height, width, in]`.
         kernel: `[k, k, in, out]`, of the dtype of `images`.
         stride: step in both directions.
-        padding: zeros on every side; `k // 2` by default.
+        padding: zeros on every side, or (above and left, below and right); `k // 2` by default.
         implementation: `"plain"`, or `"canonical"` for the input gradient described above, which
-            covers kernels 1 and 3 with padding `k // 2` and strides 1 and 2; other geometries are
-            computed plainly.
+            covers kernels 1 and 3 with padding `k // 2` and strides 1 and 2, and kernel 3 with
+            padding (0, 1) and stride 2; other geometries are computed plainly.
 
     Returns:
-        `[batch, (height + 2 padding - k) // stride + 1, ..., out]`.
+        `[batch, (height + the padding of both sides - k) // stride + 1, ..., out]`.
 
     Raises:
         ValueError: on an unknown implementation.
     """
     size = kernel.shape[0]
     padding = size // 2 if padding is None else padding
+    pads = (padding, padding) if isinstance(padding, int) else padding
     if implementation not in ("canonical", "plain"):
         raise ValueError(f"implementation must be 'canonical' or 'plain', got {implementation!r}")
-    covered = kernel.shape[:2] in ((1, 1), (3, 3)) and padding == size // 2 and stride in (1, 2)
+    centred = pads == (size // 2, size // 2) and stride in (1, 2)
+    covered = kernel.shape[:2] in ((1, 1), (3, 3)) and (
+        centred or (size == 3 and stride == 2 and pads == (0, 1))
+    )
     if implementation == "canonical" and covered:
-        return _canonical(images, kernel, stride)
-    return _plain(images, kernel, stride, padding)
+        return _canonical(images, kernel, stride, pads)
+    return _plain(images, kernel, stride, pads)
 
 
-def _plain(images: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _plain(images: jax.Array, kernel: jax.Array, stride: int, pads: tuple[int, int]) -> jax.Array:
     return lax.conv_general_dilated(
         images,
         kernel,
         window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
+        padding=(pads, pads),
         dimension_numbers=_DIMENSIONS,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _canonical(images: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return _plain(images, kernel, stride, kernel.shape[0] // 2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _canonical(
+    images: jax.Array, kernel: jax.Array, stride: int, pads: tuple[int, int]
+) -> jax.Array:
+    return _plain(images, kernel, stride, pads)
 
 
 def _forward(
-    images: jax.Array, kernel: jax.Array, stride: int
+    images: jax.Array, kernel: jax.Array, stride: int, pads: tuple[int, int]
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _canonical(images, kernel, stride), (images, kernel)
+    return _canonical(images, kernel, stride, pads), (images, kernel)
 
 
 def _backward(
-    stride: int, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    stride: int,
+    pads: tuple[int, int],
+    residuals: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     images, kernel = residuals
-    padding = kernel.shape[0] // 2
-    (kernel_gradient,) = jax.linear_transpose(lambda k: _plain(images, k, stride, padding), kernel)(
+    (kernel_gradient,) = jax.linear_transpose(lambda k: _plain(images, k, stride, pads), kernel)(
         cotangent
     )
-    return _input_gradient(cotangent, kernel, stride, images.shape), kernel_gradient
+    return _input_gradient(cotangent, kernel, stride, pads, images.shape), kernel_gradient
 
 
 _canonical.defvjp(_forward, _backward)
 
 
 def _input_gradient(
-    cotangent: jax.Array, kernel: jax.Array, stride: int, shape: tuple[int, ...]
+    cotangent: jax.Array,
+    kernel: jax.Array,
+    stride: int,
+    pads: tuple[int, int],
+    shape: tuple[int, ...],
 ) -> jax.Array:
     size = kernel.shape[0]
     swapped = kernel.transpose(0, 1, 3, 2)  # channels: out -> in
     if stride == 1:
-        return _plain(cotangent, swapped[::-1, ::-1], 1, size // 2)
+        return _plain(cotangent, swapped[::-1, ::-1], 1, pads)
     if size == 1:
-        dense = _plain(cotangent, swapped, 1, 0)
+        dense = _plain(cotangent, swapped, 1, pads)
         rows, columns = (2 * n - 1 for n in dense.shape[1:3])
         dilation = [(0, 0, 0), (0, shape[1] - rows, 1), (0, shape[2] - columns, 1), (0, 0, 0)]
         return lax.pad(dense, jnp.zeros([], dense.dtype), dilation)
-    return _polyphase_input_gradient(cotangent, swapped, shape)
+    return _polyphase_input_gradient(cotangent, swapped, pads, shape)
 
 
 def _polyphase_input_gradient(
-    cotangent: jax.Array, swapped: jax.Array, shape: tuple[int, ...]
+    cotangent: jax.Array, swapped: jax.Array, pads: tuple[int, int], shape: tuple[int, ...]
 ) -> jax.Array:
-    """Input gradient for kernel 3, stride 2, padding 1, one phase of the output at a time.
+    """Input gradient for kernel 3, stride 2, one phase of the output at a time.
 
-    Along one axis, `input[2m]` meets tap 1 of `output[m]`; `input[2m + 1]` meets tap 2 of
-    `output[m]` and tap 0 of `output[m + 1]`. So all four phases are one convolution with a 2 x 2
-    kernel and four times the channels, followed by depth-to-space: no multiplication by the zeros
-    of a dilated gradient.
+    Along one axis and with padding 1, `input[2m]` meets tap 1 of `output[m]`; `input[2m + 1]` meets
+    tap 2 of `output[m]` and tap 0 of `output[m + 1]`. With padding (0, 1), `input[2m]` meets tap 2
+    of `output[m - 1]` and tap 0 of `output[m]`, and `input[2m + 1]` tap 1 of `output[m]`. So all
+    four phases are one convolution with a 2 x 2 kernel and four times the channels, followed by
+    depth-to-space: no multiplication by the zeros of a dilated gradient.
     """
-    zero = jnp.zeros_like(swapped[0])
-    even = jnp.stack([swapped[1], zero])
-    odd = jnp.stack([swapped[2], swapped[0]])
-    by_row = jnp.stack([even, odd])  # [row phase, row tap, column, out, in]
-    zero = jnp.zeros_like(by_row[:, :, 0])
-    even = jnp.stack([by_row[:, :, 1], zero], axis=2)
-    odd = jnp.stack([by_row[:, :, 2], by_row[:, :, 0]], axis=2)
-    phases = jnp.stack([even, odd])  # [column phase, row phase, row tap, column tap, out, in]
+
+    def phases(taps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the even and the odd inputs meet, by position."""
+        alone, both = (taps[1], jnp.zeros_like(taps[1])), jnp.stack([taps[2], taps[0]])
+        if pads == (1, 1):
+            return jnp.stack(alone), both
+        return both, jnp.stack(alone[::-1])
+
+    by_row = jnp.stack(phases(swapped))  # [row phase, row tap, column, out, in]
+    by_column = phases(jnp.moveaxis(by_row, 2, 0))  # [column tap, row phase, row tap, out, in]
     outputs, inputs = swapped.shape[2:]
-    kernel = phases.transpose(2, 3, 4, 1, 0, 5).reshape(2, 2, outputs, 4 * inputs)
+    # [column phase, column tap, row phase, row tap, out, in], phases beside the channels
+    kernel = jnp.stack(by_column).transpose(3, 1, 4, 2, 0, 5).reshape(2, 2, outputs, 4 * inputs)
+    reach = ((0, 1), (0, 1)) if pads == (1, 1) else tuple((1, n % 2) for n in shape[1:3])
     by_phase = lax.conv_general_dilated(
-        cotangent, kernel, (1, 1), ((0, 1), (0, 1)), dimension_numbers=_DIMENSIONS
+        cotangent, kernel, (1, 1), reach, dimension_numbers=_DIMENSIONS
     )
     batch, rows, columns, _ = by_phase.shape
     spread = by_phase.reshape(batch, rows, columns, 2, 2, inputs).transpose(0, 1, 3, 2, 4, 5)

@@ -29,7 +29,7 @@ def torch_bias_init(fan_in: int) -> Initializer:
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padding `k // 2`.
+    """Convolution without bias.
 
     Attributes:
         features: output channels.
@@ -37,6 +37,7 @@ class Conv(nn.Module):
         stride: step in both directions.
         implementation: see `agr_jax.models.convolution`.
         kernel_init: initialiser of the kernel `[k, k, in, out]`.
+        padding: see `convolve`; `k // 2` on every side by default.
         dtype: dtype of the computation.
         param_dtype: dtype of the kernel.
     """
@@ -46,6 +47,7 @@ class Conv(nn.Module):
     stride: int = 1
     implementation: Implementation = "plain"
     kernel_init: Initializer = torch_default_init
+    padding: tuple[int, int] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -58,6 +60,7 @@ class Conv(nn.Module):
             images.astype(self.dtype),
             kernel.astype(self.dtype),
             stride=self.stride,
+            padding=self.padding,
             implementation=self.implementation,
         )
 

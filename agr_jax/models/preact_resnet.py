@@ -29,9 +29,12 @@ class PreActResNet(nn.Module):
         axis_name: see `BatchNorm`.
         dtype: dtype of the computation.
         param_dtype: dtype of the parameters.
+        silu: the variant of Gowal et al.: SiLU for ReLU, zeros below and right where the stride is
+            2, and 3 x 3 shortcuts of a block's input.
 
     Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, as adversarial
-    training uses it (batch normalisation and ReLU before the pooling).
+    training uses it (batch normalisation and ReLU before the pooling); the variant: the code of
+    Gowal et al., "Uncovering the Limits of Adversarial Training", 2020.
     """
 
     num_classes: int
@@ -43,6 +46,7 @@ class PreActResNet(nn.Module):
     axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    silu: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -58,10 +62,12 @@ class PreActResNet(nn.Module):
                     conv=self.conv,
                     kernel_init=torch_default_init,
                     axis_name=self.axis_name,
+                    silu=self.silu,
+                    wide_shortcut=self.silu,
                     name=f"layer{stage + 1}_{block}",
                     **dtypes,
                 )(features, train=train)
         features = BatchNorm(axis_name=self.axis_name, name="bn", **dtypes)(features, train=train)
-        pooled = nn.relu(features).mean((1, 2))
+        pooled = (nn.silu if self.silu else nn.relu)(features).mean((1, 2))
         logits = Linear(self.num_classes, name="linear", **dtypes)(pooled)
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))

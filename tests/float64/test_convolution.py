@@ -7,11 +7,15 @@ import pytest
 
 from agr_jax.models.convolution import convolve, default_implementation
 
+SIZES = ((6, 6), (7, 7), (5, 8), (8, 5), (2, 3))
 GEOMETRIES = [
-    (kernel, stride, size)
-    for kernel in (1, 3)
-    for stride in (1, 2)
-    for size in ((6, 6), (7, 7), (5, 8), (8, 5), (1, 1), (2, 3))
+    *(
+        (kernel, stride, None, size)
+        for kernel in (1, 3)
+        for stride in (1, 2)
+        for size in (*SIZES, (1, 1))
+    ),
+    *((3, 2, (0, 1), size) for size in SIZES),
 ]
 
 
@@ -21,20 +25,21 @@ def arrays(kernel, size, dtype=jnp.float64):
     return images, jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)), dtype)
 
 
-def value_and_gradients(images, weights, stride, implementation):
+def value_and_gradients(images, weights, stride, padding, implementation):
     def convolution(x, k):
-        return convolve(x, k, stride=stride, implementation=implementation)
+        return convolve(x, k, stride=stride, padding=padding, implementation=implementation)
 
     value, pullback = jax.vjp(convolution, images, weights)
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=value.shape))
     return value, *pullback(cotangent)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "size"), GEOMETRIES)
-def test_values_and_gradients_are_equal(kernel, stride, size):
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), GEOMETRIES)
+def test_values_and_gradients_are_equal(kernel, stride, padding, size):
     images, weights = arrays(kernel, size)
+    compiled = jax.jit(value_and_gradients, static_argnums=(2, 3, 4))
     plain, canonical = (
-        jax.jit(value_and_gradients, static_argnums=(2, 3))(images, weights, stride, implementation)
+        compiled(images, weights, stride, padding, implementation)
         for implementation in ("plain", "canonical")
     )
     for got, expected in zip(canonical, plain, strict=True):
@@ -59,13 +64,17 @@ def test_value_by_hand():
         )
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_no_dilated_or_reversed_convolution_is_left(kernel, stride):
+CANONICAL = [(1, 1, None), (1, 2, None), (3, 1, None), (3, 2, None), (3, 2, (0, 1))]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), CANONICAL)
+def test_no_dilated_or_reversed_convolution_is_left(kernel, stride, padding):
     images, weights = arrays(kernel, (8, 8))
+    options = {"stride": stride, "padding": padding}
 
     def lowered(implementation):
         def total(x):
-            return (convolve(x, weights, stride=stride, implementation=implementation) ** 2).sum()
+            return (convolve(x, weights, implementation=implementation, **options) ** 2).sum()
 
         return jax.jit(jax.grad(total)).lower(images).as_text()
 
@@ -84,13 +93,14 @@ def test_no_dilated_or_reversed_convolution_is_left(kernel, stride):
     assert not unusual(lowered("canonical"))
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_gradients_inside_a_loop(kernel, stride):
+@pytest.mark.parametrize(("kernel", "stride", "padding"), CANONICAL)
+def test_gradients_inside_a_loop(kernel, stride, padding):
     images, weights = arrays(kernel, (6, 7))
+    options = {"stride": stride, "padding": padding}
 
     def descend(implementation):
         def total(x, k):
-            out = convolve(x, k, stride=stride, implementation=implementation)
+            out = convolve(x, k, implementation=implementation, **options)
             return jnp.sin(out).sum()
 
         def step(_, pair):
