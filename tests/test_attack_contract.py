@@ -228,6 +228,7 @@ def test_one_logit_with_a_loss_of_ones_own():
         (lambda: spsa(Linf(0.1), delta=0), r"SPSA\.delta"),
         (lambda: spsa(Linf(0.1), steps=0), r"SPSA\.steps"),
         (lambda: pgd(Linf(0.1), restarts=0), r"PGD\.restarts"),
+        (lambda: pgd(Linf(0.1), targeted=True, targets="clean_logits"), r"PGD\.targeted"),
         (lambda: pgd(8 / 255), r"PGD\.threat must be a threat model .*, got 0\.03"),
         (lambda: fgsm(8 / 255), r"FGSM\.threat"),
         (lambda: mim(8 / 255), r"PGD\.threat"),
@@ -383,13 +384,15 @@ def in_two_directions(images):
     [
         (pgd(Linf(0.3), steps=4, step_size=0.15), 1 / 2),
         (pgd(Linf(0.3), steps=4, step_size=0.15, restarts=4), 1 - 1 / 2**4),
+        (pgd(Linf(0.3), steps=4, step_size=0.15, restarts=4, targeted=True), 1 - 1 / 2**4),
         (apgd(Linf(0.3), steps=12), 1 / 2),
         (apgd(Linf(0.3), steps=12, restarts=4), 1 - 1 / 2**4),
     ],
 )
 def test_every_restart_is_another_chance(attack, expected):
     """A start falls on either side, and the attack stays on its side."""
-    images, labels = jnp.full([600, 1, 1, 1], 0.5), jnp.zeros(600, int)
+    images = jnp.full([600, 1, 1, 1], 0.5)
+    labels = jnp.full(600, int(getattr(attack, "targeted", False)))
     adversarial = attack(in_two_directions, images, labels, jax.random.key(0))
     share = float((adversarial > 0.72).mean())
     assert abs(share - expected) <= 4 * (expected * (1 - expected) / 600) ** 0.5

@@ -75,6 +75,23 @@ def test_linf_reaches_the_maximum_inside_the_box(linear, weights, images):
     np.testing.assert_allclose(adversarial, np.clip(images + 0.1 * direction, 0, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.margin])
+def test_targeted_reaches_the_class(inner_images, loss):
+    """Of three classes of a linear network, each by the largest step away from one other."""
+    weights = jnp.eye(3, PIXELS).T  # each class has a pixel of its own
+    logits_fn = jax.tree_util.Partial(lambda w, x: 20 * x.reshape(len(x), -1) @ w, weights)
+    attack = pgd(Linf(0.2), steps=10, loss=loss, targeted=True)
+    for target in range(3):
+        targets = jnp.full(len(inner_images), target)
+        adversarial = attack(logits_fn, inner_images, targets, KEY)
+        assert logits_fn(adversarial).argmax(1).tolist() == targets.tolist()
+        moved = (adversarial - inner_images).reshape(len(inner_images), -1)
+        np.testing.assert_allclose(moved[:, target], 0.2, atol=1e-6)
+        if loss is losses.cross_entropy:  # which lowers both other classes
+            others = np.delete(np.asarray(moved[:, :3]), target, axis=1)
+            np.testing.assert_allclose(others, -0.2, atol=1e-6)
+
+
 @pytest.mark.parametrize("random_start", [False, True])
 def test_l2_reaches_the_maximum(linear, weights, inner_images, random_start):
     # Each step turns the perturbation towards the slope; 60 steps leave less than 1e-4.

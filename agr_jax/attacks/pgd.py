@@ -19,8 +19,9 @@ class PGD:
     """Projected gradient ascent on a loss, for a fixed number of steps; returns the last iterate.
 
     With restarts it returns, image by image, the first restart's that is misclassified, or else the
-    one of highest loss. Where the network's gradient is NaN, so is the image, unless a restart
-    fools the network: a failure is not taken for robustness.
+    one of highest loss; if targeted, the first that is classified as asked, or the one of lowest.
+    Where the network's gradient is NaN, so is the image, unless a restart fools the network: a
+    failure is not taken for robustness.
 
     Called as `attack(logits_fn, images, labels, key)`; the iterations are one `lax.fori_loop` under
     `jit`. A plain `logits_fn` is part of the compiled program's identity: pass the same function
@@ -42,6 +43,8 @@ class PGD:
         restarts: number of starts.
         momentum: share of the sum of earlier gradients, each over its L1 norm, that a step keeps;
             0 steps along the last gradient alone.
+        targeted: the labels are the classes to reach, not to leave: the loss is lowered, and a
+            restart succeeds where the prediction is the label.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
     ICLR 2018.
@@ -66,6 +69,7 @@ class PGD:
     box_every_step: bool = True
     restarts: int = 1
     momentum: float = 0.0
+    targeted: bool = False
 
     def __post_init__(self) -> None:
         check_threat("PGD.threat", self.threat)
@@ -83,6 +87,10 @@ class PGD:
         if self.targets not in ("labels", "clean_logits"):
             raise ValueError(
                 f"PGD.targets must be 'labels' or 'clean_logits', got {self.targets!r}"
+            )
+        if self.targeted and self.targets != "labels":
+            raise ValueError(
+                f"PGD.targeted needs targets='labels', the classes to reach, got {self.targets!r}"
             )
         if not 0 <= self.momentum < float("inf"):
             raise ValueError(f"PGD.momentum must be finite and >= 0, got {self.momentum}")
@@ -102,7 +110,7 @@ class PGD:
         Args:
             logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
             images: floats in [0, 1].
-            labels: `[batch]` integers.
+            labels: `[batch]` integers, the classes to leave, or, if targeted, to reach.
             key: one JAX key, or one per image.
 
         Raises:
@@ -207,8 +215,8 @@ def _run_pgd(
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         new_points = _from_random_start(attack, logits_fn, images, labels, own)
         logits = logits_fn(new_points)
-        wrong = misclassified(logits, labels)
-        new_loss = attack.loss(logits, targets).astype(images.dtype)
+        wrong = _succeeded(attack, logits, labels)
+        new_loss = _objective(attack, logits, targets).astype(images.dtype)
         better = ~fooled & (wrong | (new_loss > loss) | jnp.isnan(new_loss))
         return (
             jnp.where(expand(better, images), new_points, points),
@@ -219,6 +227,18 @@ def _run_pgd(
     examples = images.shape[:1]
     start = images, jnp.zeros(examples, bool), jnp.full(examples, -jnp.inf, images.dtype)
     return jax.lax.fori_loop(0, attack.restarts, run, start)[0]
+
+
+def _objective(attack: PGD, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """What the attack raises, `[batch]`."""
+    loss = attack.loss(logits, targets)
+    return -loss if attack.targeted else loss
+
+
+def _succeeded(attack: PGD, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    if attack.targeted:
+        return (jnp.argmax(logits, axis=1) == labels) & ~jnp.isnan(logits).any(axis=1)
+    return misclassified(logits, labels)
 
 
 def _from_random_start(
@@ -244,7 +264,7 @@ def _ascend(
     targets = labels if attack.targets == "labels" else logits_fn(images)
 
     def total_loss(candidates: jax.Array) -> jax.Array:
-        return attack.loss(logits_fn(candidates), targets).sum()
+        return _objective(attack, logits_fn(candidates), targets).sum()
 
     def step(
         _: int, carry: tuple[jax.Array, jax.Array | None]
