@@ -839,7 +839,7 @@ def test_the_pages_numbers_are_those_of_the_committed_records():
     rows = row.findall(result)
     names = {"AT": "at-0", "AT + clip": "at_clip-0", "AGR": "agr-0"}
     names["AGR without clip"] = "agr_no_clip-0"
-    names |= {f"fixed tau {tau} + clip": f"tau_{tau}-0" for tau in ("0.9", "0.75", "0.5")}
+    names |= {f"fixed tau {tau} + clip": f"tau_{tau}-0" for tau in ("0.9", "0.75", "0.5", "0.25")}
     assert [title for title, *_ in rows] == list(names)
     same = [
         (title.replace("AGR's clipping, the control", "clip"), *n)
