@@ -481,6 +481,24 @@ def first(count):
     return np.arange(1000) < count
 
 
+def test_the_trade_off_shows_each_base(tmp_path):
+    fixed = {"clip": 500, "tau_0.9": 505, "tau_0.25": 540}
+    correct = {"base-0": {**fixed, "agr": 530}, "base-1": {"clip": 501, "agr": 531}}
+    answers_of(tmp_path, correct, robust=[("base-0", "agr", "fast", 410)], best=[("best-0", 560)])
+    made_run(tmp_path, "larger", "agr", scale="full", base="runs/base-0", mask=first(3))
+    axes, caption = drawn(tmp_path, "tradeoff")
+    assert axes.lines[0].get_xydata().tolist() == [[54.0, 54.0], [50.5, 50.5], [50.0, 50.0]]
+    assert [text.get_text() for text in axes.texts] == ["0.25", "0.9"]
+    shown = {s.get_label(): s.get_offsets().round(6).tolist() for s in axes.collections}
+    assert shown == {
+        "AT + clip": [[50.0, 50.0], [50.1, 50.1]],
+        "AT + AGR": [[53.0, 41.0], [53.1, 53.1]],
+        "AT best recipe": [[56.0, 56.0]],
+    }
+    assert "2 bases" in caption
+    assert (tmp_path / "report/tradeoff.svg").exists()
+
+
 def test_a_verdict_of_yes(tmp_path):
     answers = answers_of(tmp_path, WORKING, best=[("best-0", 506)])
     assert answers["AGR works"] == "yes (all bases)"

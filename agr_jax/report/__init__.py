@@ -38,9 +38,12 @@ def write_report(root: Path, out: Path) -> list[Path]:
         if isinstance(block, page.Picture):
             pictures.append(block)
         sections.append(page.Section(title, (block,)))
-    sections.append(
-        page.Section("AGR-small: paired comparison", tuple(comparison.comparison(runs)))
-    )
+    compared: list[str | page.Table | page.Picture] = list(comparison.comparison(runs))
+    trade_off = _drawn("tradeoff", runs)
+    if isinstance(trade_off, page.Picture):
+        pictures.append(trade_off)
+        compared.append(trade_off)
+    sections.append(page.Section("AGR-small: paired comparison", tuple(compared)))
     sections.append(page.Section("AGR-small: mechanism", tuple(comparison.mechanism(runs))))
     out.mkdir(parents=True, exist_ok=True)
     written = {

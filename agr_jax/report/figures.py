@@ -12,7 +12,7 @@ import numpy as np
 from agr_jax.report.page import Picture
 from agr_jax.report.paired import mean_and_deviation
 from agr_jax.report.run_records import METHOD_TITLES, RunRecord, read_diagnostics
-from agr_jax.report.tables import complete
+from agr_jax.report.tables import arm_order, complete
 
 # Okabe and Ito's palette, safe for the colour-blind; line styles differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -29,7 +29,7 @@ TITLES = {
 
 
 def draw(name: str, runs: Sequence[RunRecord]) -> Picture | None:
-    """One of the paper's figures, or `None` where no run has what it shows.
+    """A figure of `TITLES`, or AGR-small's `tradeoff`; `None` where no run has what it shows.
 
     Raises:
         ImportError: without matplotlib.
@@ -211,18 +211,64 @@ def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
             if attack in run.attacks
         ]
         title = {"clean": "clean", "pgd20": "PGD-20", "fast": "APGD-CE + targeted APGD"}[attack]
-        axes.plot(*zip(*points, strict=True), marker=marker, label=title, **_look(index))
+        axes.plot(
+            *zip(*points, strict=True), marker=marker, label=f"fixed tau, {title}", **_look(index)
+        )
         for run in complete(runs):
             if run.arm == "agr" and _family(run) == family and attack in run.attacks:
                 value = 100 * run.attacks[attack].accuracy
-                axes.axhline(value, linewidth=0.8, alpha=0.6, **_look(index))
-                axes.annotate(f"GICS, {title}", (0.02, value), fontsize="x-small", va="bottom")
+                axes.axhline(value, linewidth=0.8, alpha=0.6, label=f"AGR, {title}", **_look(index))
     axes.set(xlabel="tau, share of the adversarial gradient", ylabel="accuracy, %")
     axes.legend()
     first = found[0]
     method = METHOD_TITLES.get(first.method, first.method)
     return (
         f"{method}, {first.setting}, seed {first.config.seed}; the lines are AGR's cosine (GICS)."
+    )
+
+
+def _trade_off(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    found = [
+        run
+        for run in complete(runs)
+        if run.method == "at"
+        and {"clean", "fast"} <= run.attacks.keys()
+        and (run.base or run.arm == "best")
+    ]
+    if not found:
+        return None
+    setting = collections.Counter(run.setting for run in found).most_common(1)[0][0]
+    found = [run for run in found if run.setting == setting]
+    axes = figure.add_subplot()
+
+    def points(runs: Sequence[RunRecord]) -> tuple[list[float], list[float]]:
+        clean, robust = ([100 * run.attacks[a].accuracy for run in runs] for a in ("clean", "fast"))
+        return clean, robust
+
+    fixed = [run for run in found if run.arm.startswith("tau_")]
+    for index, base in enumerate(sorted({run.base for run in fixed})):
+        line = sorted((r for r in fixed if r.base == base), key=lambda run: run.config.agr.tau)
+        line += [run for run in found if run.arm == "clip" and run.base == base]
+        label = "fixed tau, to AT + clip" if index == 0 else None
+        axes.plot(
+            *points(line), color=COLOURS[0], linewidth=1, marker="o", markersize=4, label=label
+        )
+        for run, x, y in zip(line, *points(line), strict=True):
+            if run.arm != "clip":
+                at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "x-small"}
+                axes.annotate(f"{run.config.agr.tau:g}", (x, y), **at)
+    arms = sorted({run.arm for run in found if run not in fixed}, key=arm_order)
+    for index, arm in enumerate(arms, 1):
+        of_arm = [run for run in found if run.arm == arm]
+        look = {"color": COLOURS[index], "marker": "sD^vP*X"[index % 7], "s": 40, "zorder": 3}
+        axes.scatter(*points(of_arm), label=of_arm[0].title, **look)
+    axes.set(xlabel="clean accuracy, %", ylabel="accuracy under APGD-CE + targeted APGD, %")
+    axes.legend()
+    bases = len({run.base for run in found if run.base})
+    return (
+        f"Clean accuracy against robustness, {setting}; {bases} "
+        f"{'base' if bases == 1 else 'bases'}. Further up and to the right is better; between two "
+        "networks of fixed tau, a choice by chance reaches the line."
     )
 
 
@@ -274,4 +320,5 @@ _DRAWINGS: dict[str, Callable[[Any, Sequence[RunRecord]], str | None]] = {
     "figure6": _losses,
     "figure7": _taus,
     "figure8": _costs,
+    "tradeoff": _trade_off,
 }
