@@ -67,7 +67,7 @@ def load_torch_weights(
     Two networks with the same names and shapes cannot be told apart. RobustBench's PreActResNet
     with `out_shortcut=False` is one: it needs another forward pass than this library's. The names
     of Gowal et al. are taken for SiLU (`activation_fn=Swish` or `nn.SiLU`, as all such networks of
-    RobustBench have it), and for images of an even height and width without `padding=`.
+    RobustBench for CIFAR have it) without `padding=`.
 
     Args:
         path: a `.safetensors` or `.npz` file. Convolutions `[out, in, k, k]`, linear layers
