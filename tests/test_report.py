@@ -858,6 +858,7 @@ def test_the_pages_numbers_are_those_of_the_committed_records():
     names = {"AT": "at-0", "AT + clip": "at_clip-0", "AGR": "agr-0"}
     names["AGR without clip"] = "agr_no_clip-0"
     names |= {f"fixed tau {tau} + clip": f"tau_{tau}-0" for tau in ("0.9", "0.75", "0.5", "0.25")}
+    names |= {"fixed tau 0 + clip": "tau_0.0-0", "AGR without GOP": "agr_no_gop-0"}
     assert [title for title, *_ in rows] == list(names)
     same = [
         (title.replace("AGR's clipping, the control", "clip"), *n)
