@@ -62,10 +62,7 @@ _FAMILIES = {
     ),
 }
 # What the tensors of each one's first stage begin with.
-_STARTS = {
-    family: names.block.format(names.first_stage, "").removesuffix(".") + "."
-    for family, names in _FAMILIES.items()
-}
+_STARTS = {family: names.block.format(names.first_stage, "") for family, names in _FAMILIES.items()}
 NAMES_SHOWN = 4
 """Most that an error lists."""
 

@@ -77,7 +77,7 @@ def test_linf_reaches_the_maximum_inside_the_box(linear, weights, images):
 
 @pytest.mark.parametrize("loss", [losses.cross_entropy, losses.margin])
 def test_targeted_reaches_the_class(inner_images, loss):
-    """Of three classes of a linear network, each by the largest step away from one other."""
+    """Each of three classes of a linear network, at the corner of the ball that favours it."""
     weights = jnp.eye(3, PIXELS).T  # each class has a pixel of its own
     logits_fn = jax.tree_util.Partial(lambda w, x: 20 * x.reshape(len(x), -1) @ w, weights)
     attack = pgd(Linf(0.2), steps=10, loss=loss, targeted=True)

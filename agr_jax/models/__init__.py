@@ -57,8 +57,8 @@ def create(
 
     Args:
         name: `"preactresnet18"`, or `"wrn<depth>_<widen factor>"` such as `"wrn34_10"`; with
-            `"_silu"` at its end, as in `"wrn28_10_silu"`, the variant of Gowal et al., which about
-            half of RobustBench's CIFAR networks are.
+            `"_silu"` at its end, as in `"wrn28_10_silu"`, the variant of Gowal et al.
+            (RobustBench's DMWideResNet and DMPreActResNet).
         num_classes: number of logits.
         width: channels of the first convolution; by default the published 64 (PreAct-ResNet) or 16
             (WideResNet). Smaller for small machines.

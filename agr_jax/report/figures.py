@@ -260,7 +260,12 @@ def _trade_off(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     arms = sorted({run.arm for run in found if run not in fixed}, key=arm_order)
     for index, arm in enumerate(arms, 1):
         of_arm = [run for run in found if run.arm == arm]
-        look = {"color": COLOURS[index], "marker": "sD^vP*X"[index % 7], "s": 40, "zorder": 3}
+        look = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": "sD^vP*X"[index % 7],
+            "s": 40,
+            "zorder": 3,
+        }
         axes.scatter(*points(of_arm), label=of_arm[0].title, **look)
     axes.set(xlabel="clean accuracy, %", ylabel="accuracy under APGD-CE + targeted APGD, %")
     axes.legend()
