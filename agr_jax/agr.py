@@ -196,20 +196,14 @@ def agr_transform(
         next_step = optax.safe_increment(state.step)
 
         if clean_grads is None:
-            outs = [rule.clip_only(group, state.step) for group in rule.groups(adversarial)]
+            flat = rule.clip_only(adversarial, state.step)
             next_state = AGRState(next_step, *_unknown(len(adversarial)))
         else:
             _check_pair(updates, clean_grads)
-            pairs = zip(
-                rule.groups(adversarial), rule.groups(jax.tree.leaves(clean_grads)), strict=True
-            )
-            combined = [rule.combine(g_a, g_c, state.step) for g_a, g_c in pairs]
-            outs = [group for group, _ in combined]
+            flat, measured = rule.combine(adversarial, jax.tree.leaves(clean_grads), state.step)
             # One entry for each leaf of a group, so that both granularities share one state.
-            by_leaf = [measured for group, measured in combined for _ in group]
-            vectors = [_vector(column) for column in zip(*by_leaf, strict=True)]
-            next_state = AGRState(next_step, *(vectors or _unknown(0)))
-        flat = [leaf for group in outs for leaf in group]
+            vectors = (jnp.broadcast_to(m.astype(jnp.float32), len(adversarial)) for m in measured)
+            next_state = AGRState(next_step, *vectors)
         return jax.tree.unflatten(structure, flat), next_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -330,10 +324,6 @@ def leaf_names(params: PyTree) -> tuple[str, ...]:
 def _unknown(count: int) -> list[jax.Array]:
     # Four arrays, not one four times: a state that is donated to a step may not share buffers.
     return [jnp.full([count], jnp.nan, jnp.float32) for _ in range(4)]
-
-
-def _vector(scalars: tuple[jax.Array, ...]) -> jax.Array:
-    return jnp.stack([jnp.asarray(s).astype(jnp.float32) for s in scalars])
 
 
 def _check_pair(adversarial: PyTree, clean: PyTree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -74,55 +75,70 @@ class CombinationRule:
         starts = [start for start in (self.gop_start, self.gics_start) if start is not None]
         return min(starts, default=None)
 
-    def groups(self, leaves: list[jax.Array]) -> list[list[jax.Array]]:
-        """Splits the leaves of a tree into groups."""
-        return [leaves] if self.granularity == "global" else [[leaf] for leaf in leaves]
-
     def combine(
         self, g_a: list[jax.Array], g_c: list[jax.Array], step: jax.Array
     ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
-        """Returns the combined group, and (cosine, projected, clean norm, adversarial norm)."""
-        clean, adversarial = _ScaledGroup.of(g_c), _ScaledGroup.of(g_a)
-        cosine = adversarial.cosine(clean)
+        """Returns the combined leaves, and (cosine, projected, clean norm, adversarial norm).
+
+        Those are `[groups]`: what is decided for every group is decided for all at once, since
+        scalars one by one would be thousands of instructions to compile and kernels to launch.
+        """
+        dtype = _reduction_dtype(g_a + g_c)
+        groups, clean_groups = self._groups(g_a, dtype), self._groups(g_c, dtype)
+        clean, adversarial = _Scaled.of(clean_groups), _Scaled.of(groups)
+        dot = _inner_products(adversarial.groups, clean.groups)
+        cosine = adversarial.cosine(clean, dot)
         finite = jnp.isfinite(cosine)
         gop = _is_active(self.gop_start, step)
         gics = _is_active(self.gics_start, step)
 
-        conflict = adversarial.dot(clean) < 0  # also where the cosine is too small for its dtype
+        conflict = finite & (dot < 0)  # also where the cosine is too small for its dtype
         projected = gop & conflict
         eligible = ~projected if self.interpolate_negative else ~conflict
         interpolated = gics & eligible & finite
         changed = projected | interpolated
 
         # One linear combination, g_c * clean_factor + g_a * adversarial_factor, is both branches.
+        # (Both end in a division: XLA repeats what is cheap wherever a leaf uses it.)
         weight = self._clean_weight(cosine)
-        clean_factor = jnp.where(
-            projected, -adversarial.projection_factor(clean), jnp.where(interpolated, weight, 0)
-        )
-        adversarial_factor = jnp.where(interpolated, 1 - weight, 1)
+        square_ratio = clean.unit_norm**2 * (clean.scale / adversarial.scale)
+        clean_part = jnp.where(projected, -dot, jnp.where(interpolated, weight, 0))
+        clean_factor = clean_part / jnp.where(projected, square_ratio, 1)
         poisoned = (gop | gics) & ~finite
+        adversarial_part = jnp.where(interpolated, 1 - weight, 1)
+        adversarial_factor = adversarial_part / jnp.where(poisoned, jnp.nan, 1)
 
-        result = []
-        for a, c in zip(g_a, g_c, strict=True):
-            dtype = _reduction_dtype([a])
-            mixed = adversarial_factor * a.astype(dtype) + clean_factor * c.astype(dtype)
-            mixed = jnp.where(changed, mixed, a.astype(dtype))
-            result.append(jnp.where(poisoned, jnp.nan, mixed))
+        result = groups
+        if self.gop_start is not None or self.gics_start is not None:  # not for diagnostics alone
+            result = [
+                [
+                    _linear_combination(clean_factor[i], c, adversarial_factor[i], a)
+                    for c, a in zip(*pair, strict=True)
+                ]
+                for i, pair in enumerate(zip(clean_groups, groups, strict=True))
+            ]
         selections: dict[Clip, jax.Array | bool] = {
             "changed": changed,
             "interpolated": interpolated,
             "all": True,
             "none": False,
         }
-        result = self._clipped(result, selections[self.clip], step)
-        result = [r.astype(a.dtype) for r, a in zip(result, g_a, strict=True)]
-        return result, (cosine, projected, clean.norm, adversarial.norm)
+        # No element of a result is larger than this.
+        bound = (
+            jnp.abs(clean_factor) * clean.scale + jnp.abs(adversarial_factor) * adversarial.scale
+        )
+        result = self._clipped(result, selections[self.clip], step, bound)
+        measured = (cosine, projected, clean.norm, adversarial.norm)
+        return _as_leaves(result, g_a), measured
 
-    def clip_only(self, group: list[jax.Array], step: jax.Array) -> list[jax.Array]:
+    def clip_only(self, leaves: list[jax.Array], step: jax.Array) -> list[jax.Array]:
         """What remains to be done without a clean gradient."""
-        wide = [g.astype(_reduction_dtype([g])) for g in group]
-        clipped = self._clipped(wide, self.clip == "all", step)
-        return [c.astype(g.dtype) for c, g in zip(clipped, group, strict=True)]
+        groups = self._groups(leaves, _reduction_dtype(leaves))
+        return _as_leaves(self._clipped(groups, self.clip == "all", step), leaves)
+
+    def _groups(self, leaves: list[jax.Array], dtype: Any) -> list[list[jax.Array]]:
+        wide = [leaf.astype(dtype) for leaf in leaves]
+        return [wide] if self.granularity == "global" and wide else [[leaf] for leaf in wide]
 
     def _clean_weight(self, cosine: jax.Array) -> jax.Array:
         if self.interpolation == "cosine":
@@ -131,60 +147,85 @@ class CombinationRule:
         return jnp.full_like(cosine, 1 - tau)
 
     def _clipped(
-        self, group: list[jax.Array], selected: jax.Array | bool, step: jax.Array
-    ) -> list[jax.Array]:
+        self,
+        groups: list[list[jax.Array]],
+        selected: jax.Array | bool,
+        step: jax.Array,
+        bound: jax.Array | None = None,
+    ) -> list[list[jax.Array]]:
         if selected is False or self.first_clipped is None or self.clip_norm is None:
-            return group
-        norm = _ScaledGroup.of(group).norm
+            return groups
+        norm = _Scaled.of(groups, bound).norm
         too_long = _is_active(self.first_clipped, step) & selected & ~(norm <= self.clip_norm)
-        factor = jnp.where(too_long, self.clip_norm / jnp.where(too_long, norm, 1), 1)
-        return [g * factor.astype(_reduction_dtype([g])) for g in group]
+        factors = jnp.where(too_long, self.clip_norm, 1) / jnp.where(too_long, norm, 1)
+        return [[g * factors[i] for g in group] for i, group in enumerate(groups)]
 
 
-class _ScaledGroup(NamedTuple):
-    """A group of arrays divided by its largest magnitude, so that squares stay in range."""
+class _Scaled(NamedTuple):
+    """Groups of arrays, each divided by a number near its largest, so that squares stay in range.
 
-    arrays: list[jax.Array]
+    Attributes:
+        groups: the divided arrays.
+        scale: `[groups]`, by what they are divided; a normal number whose inverse is one.
+        unit_norm: `[groups]`, their norms.
+    """
+
+    groups: list[list[jax.Array]]
     scale: jax.Array
-    unit_norm: jax.Array  # norm of the divided arrays: 0, or between 1 and sqrt(size)
+    unit_norm: jax.Array
 
     @classmethod
-    def of(cls, arrays: list[jax.Array]) -> _ScaledGroup:
-        dtype = _reduction_dtype(arrays)
-        wide = [a.astype(dtype) for a in arrays]
-        scale = jnp.zeros([], dtype)
-        for a in wide:
-            if a.size:
-                scale = jnp.maximum(scale, jnp.max(jnp.abs(a)))
-        divisor = jnp.where(scale == 0, 1, scale)
-        divided = [a / divisor for a in wide]
-        squares = sum((jnp.sum(a * a) for a in divided), start=jnp.zeros([], dtype))
-        return cls(divided, scale, jnp.sqrt(squares))
+    def of(cls, groups: list[list[jax.Array]], bound: jax.Array | None = None) -> _Scaled:
+        """With `bound`, `[groups]`, if it is known that no element is larger."""
+        if bound is None:
+            bound = _vector([_largest_magnitude(group) for group in groups])
+        tiny = jnp.finfo(bound.dtype).tiny
+        scale = jnp.clip(bound, tiny, 1 / tiny)
+        inverse = 1 / scale
+        divided = [[a * inverse[i] for a in group] for i, group in enumerate(groups)]
+        return cls(divided, scale, jnp.sqrt(_inner_products(divided, divided)))
 
     @property
     def norm(self) -> jax.Array:
         return self.scale * self.unit_norm
 
-    @property
-    def divisor(self) -> jax.Array:
-        return jnp.where(self.scale == 0, 1, self.scale)
-
-    def dot(self, other: _ScaledGroup) -> jax.Array:
-        """Inner product of the divided arrays."""
-        products = (jnp.sum(a * b) for a, b in zip(self.arrays, other.arrays, strict=True))
-        return sum(products, start=jnp.zeros_like(self.scale))
-
-    def cosine(self, other: _ScaledGroup) -> jax.Array:
+    def cosine(self, other: _Scaled, dot: jax.Array) -> jax.Array:
         """`<a,b> / (|a||b| + 1e-20)`, the reference's guard, evaluated on the divided arrays."""
         norms = self.unit_norm * other.unit_norm
-        guard = _COSINE_GUARD / self.divisor / other.divisor
-        return jnp.clip(self.dot(other) / (norms + guard), -1, 1)
+        guard = _COSINE_GUARD / self.scale / other.scale
+        return jnp.clip(dot / (norms + guard), -1, 1)
 
-    def projection_factor(self, onto: _ScaledGroup) -> jax.Array:
-        """The k for which self - k * onto is orthogonal to onto; 0 if onto is zero."""
-        square = onto.unit_norm**2
-        factor = self.dot(onto) / jnp.where(square == 0, 1, square)
-        return factor * (self.scale / onto.divisor)
+
+def _largest_magnitude(group: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(a), initial=0) for a in group])
+
+
+def _inner_product(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
+    products = [jnp.sum(a * b) for a, b in zip(left, right, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
+def _inner_products(left: list[list[jax.Array]], right: list[list[jax.Array]]) -> jax.Array:
+    return _vector([_inner_product(a, b) for a, b in zip(left, right, strict=True)])
+
+
+def _linear_combination(
+    clean_factor: jax.Array, clean: jax.Array, adversarial_factor: jax.Array, adversarial: jax.Array
+) -> jax.Array:
+    """The adversarial gradient itself where nothing is changed, to the last bit."""
+    unchanged = (clean_factor == 0) & (adversarial_factor == 1)
+    mixed = clean_factor * clean + adversarial_factor * adversarial
+    return jnp.where(unchanged, adversarial, mixed)
+
+
+def _vector(scalars: list[jax.Array]) -> jax.Array:
+    return jnp.stack(scalars) if scalars else jnp.zeros([0])
+
+
+def _as_leaves(groups: list[list[jax.Array]], like: list[jax.Array]) -> list[jax.Array]:
+    """Each with the dtype that it came with."""
+    leaves = [leaf for group in groups for leaf in group]
+    return [leaf.astype(given.dtype) for leaf, given in zip(leaves, like, strict=True)]
 
 
 def _is_active(start: int | None, step: jax.Array) -> jax.Array:

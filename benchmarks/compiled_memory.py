@@ -1,4 +1,4 @@
-"""Memory that XLA's GPU compiler plans for a training step, without a GPU.
+"""Memory that XLA's GPU compiler plans for a training step, and AGR's kernels, without a GPU.
 
     pip install "jax[cuda12]"; JAX_PLATFORMS=cpu python benchmarks/compiled_memory.py TARGET
 
@@ -58,8 +58,28 @@ def planned_megabytes(trainer: Trainer, *, clean_gradient: bool) -> float:
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
+def agr_kernels(device: jax.Device) -> int:
+    """Kernels that combine and clip the two gradients of PreAct-ResNet-18, diagnostics included."""
+    model = models.create("preactresnet18", 10)
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def on_device(tree):  # type: ignore[no-untyped-def]
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    images = jnp.zeros([1, 32, 32, 3])
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    gradient = on_device(variables["params"])
+    transform = agr_transform()
+    state = on_device(jax.eval_shape(transform.init, gradient))
+    compiled = jax.jit(lambda a, c, s: transform.update(a, s, clean_grads=c)).lower(
+        gradient, gradient, state
+    )
+    program = compiled.compile().as_text()
+    return program[program.index("ENTRY") :].count(" fusion(")
+
+
 def main() -> None:
-    """Prints each method's planned memory, without and with AGR."""
+    """Prints each method's planned memory, without and with AGR, and AGR's kernels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--batch", type=int, default=128)
@@ -69,6 +89,7 @@ def main() -> None:
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=options.target.read_text(), topology="1x1x1"
     )
+    print(f"{options.target.name}: AGR is {agr_kernels(topology.devices[0])} kernels")
     print(f"{options.target.name}, batch {options.batch}, PreAct-ResNet-18, PGD-10")
     print("| method | precision | without AGR, MB | with AGR, MB |")
     print("|---|---|---|---|")

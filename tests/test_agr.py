@@ -1,5 +1,6 @@
 """`agr_transform` against reference numbers, a reference of its own and its documented tables."""
 
+import functools
 import inspect
 import re
 
@@ -573,6 +574,18 @@ def test_extreme_scales_neither_underflow_nor_overflow(scale):
     clipped, _ = apply_once(agr_transform(), np.float32(g_a * scale), np.float32(g_c * scale))
     length = np.linalg.norm(np.asarray(clipped, np.float64))
     np.testing.assert_allclose(length, min(0.1, scale * np.linalg.norm(projected)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scale_a", "scale_c"), [(0, 1e20), (1e20, 0), (0, 1e38), (1e38, 0)])
+def test_a_zero_gradient_beside_a_huge_one(scale_a, scale_c):
+    """Compiled: XLA then multiplies by inverses, and that of 1e38 is no normal number."""
+    g_a, g_c = with_cosine(0.6)
+    g_a, g_c = np.float32(g_a * scale_a), np.float32(g_c * scale_c)
+    out, state = jax.jit(functools.partial(apply_once, agr_transform(clip="none")))(g_a, g_c)
+    np.testing.assert_array_equal(out, g_a)
+    assert (state.cosine.item(), state.projected.item()) == (0, 0)
+    np.testing.assert_allclose(state.adversarial_norm, [2 * scale_a], rtol=1e-6)
+    np.testing.assert_allclose(state.clean_norm, [3 * scale_c], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("scale_a", "scale_c"), [(1e15, 1e-15), (1e-15, 1e15), (1e-30, 1.0)])

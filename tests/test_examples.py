@@ -26,6 +26,7 @@ def small() -> ConfigDict:
     return values
 
 
+@pytest.mark.slow
 def test_logit_pairing_trains_with_agr(tmp_path):
     config = from_config_dict(small())
     assert config.label_smoothing == 0.1

@@ -151,13 +151,8 @@ STREAMED = {"data__device_budget_mb": 1}
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    ("last_batch", "with_extra"),
-    [
-        pytest.param("keep", False, marks=pytest.mark.slow),
-        ("drop", True),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("last_batch", "with_extra"), [("keep", False), ("drop", True)])
 def test_streamed_equals_on_device_bit_for_bit(
     cifar10, extra, tmp_path, capsys, monkeypatch, last_batch, with_extra
 ):
