@@ -102,7 +102,7 @@ DIAGNOSTICS = {
 }
 
 
-def limits_of(method, *, agr):
+def limits_of(method):
     noise = NOISE[method]
     limits = FORWARD | DIAGNOSTICS | (FORWARD_AWP if method == "awp" else {})
     limits |= {f"gclean_{part}": limit for part, limit in CLEAN_GRADIENT.items()}
@@ -110,9 +110,9 @@ def limits_of(method, *, agr):
         limits[f"{kind}_norm"] = noise.norms
         limits[f"{kind}_sum"] = noise.sums
         limits[f"{kind}_first32"] = limits[f"{kind}_spread32"] = noise.elements
-    if agr:  # which clips every leaf here
-        limits["grad_norm"] = 6e-7
-        limits["buf_norm"] = limits["update_norm"] = noise.clipped_norms
+    # AGR clips every leaf here.
+    limits["grad_norm"] = 6e-7
+    limits["buf_norm"] = limits["update_norm"] = noise.clipped_norms
     return limits | {"cs": noise.cosines}
 
 
@@ -121,35 +121,27 @@ def common(golden):
     return golden("official_step_prn18_k10_common.npz")
 
 
-@pytest.mark.parametrize(
-    ("method", "agr"),
-    [
-        # For every day the exact test, tests/float64/test_official_step.py, is enough; with AGR
-        # the gradients of the baseline are compared too.
-        pytest.param(method, agr, marks=pytest.mark.slow)
-        for method, agr in (*((name, True) for name in NOISE), ("AT", False))
-    ],
-)
-def test_step(golden, common, method, agr):
+# For every day the exact test, tests/float64/test_official_step.py, is enough.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", NOISE)
+def test_step(golden, common, method):
+    """With AGR, whose steps hold the gradients of the baseline too."""
     z = golden(f"official_step_prn18_k10_{method}.npz")
     names = bytes(common["leaf_names_utf8"]).decode().split()
-    trainer = make_trainer(agr=agr, conv="canonical", dtype=jnp.float32, method=method, z=z)
+    trainer = make_trainer(agr=True, conv="canonical", dtype=jnp.float32, method=method, z=z)
     state = initial_state(trainer, int(common["weight_seed"]), float(common["lin_gain"]))
     images, labels = images_of(common, "", np.float32)
     batch = Batch(images, nhwc(common["x_adv"], np.float32), labels)
     with jax.default_matmul_precision("float32"):
-        result = compiled_step(trainer, agr=agr)(state, batch)
-    key = forward = "agr64_" if agr else "base64_"
-    errors = {}
+        result = compiled_step(trainer, agr=True)(state, batch)
+    key, errors = "agr64_", {}
     if method == "awp":
         errors = perturbation_errors(result, z, key, names, gamma=0.01)
-        if agr:
-            key = "cleanw64_"  # the official code mixes w and w + v in its clean gradient
-    errors |= step_errors(result, z, key, names, forward=forward)
-    limits = limits_of(method, agr=agr)
+        key = "cleanw64_"  # the official code mixes w and w + v in its clean gradient
+    errors |= step_errors(result, z, key, names, forward="agr64_")
+    limits = limits_of(method)
     assert not {name: error for name, error in errors.items() if not error <= limits[name]}
-    expected = {"gadv_norm", "buf_first32", "update_sum", "loss_adv", "bn_var"}
-    expected |= {"cs", "gclean_norm"} if agr else set()
+    expected = {"gadv_norm", "buf_first32", "update_sum", "loss_adv", "bn_var", "cs", "gclean_norm"}
     expected |= {"v_norm"} if method == "awp" else set()
     assert expected <= errors.keys()
 
