@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -148,26 +149,43 @@ def _above_the_line(family: Mapping[str, RunRecord]) -> str:
     """How far AGR's `fast` lies above the line through fixed tau at AGR's clean accuracy.
 
     Choosing between two networks by chance reaches the line between their points. AT + clip stands
-    for tau 1.
+    for tau 1. Behind it, where the records have them, the standard error over the images of `fast`:
+    another sample of images, not another training, and clean accuracy taken as exact.
     """
     agr = family.get("agr")
     runs = [_fixed(family, arm) for arm in FRONT] + [family.get("clip")]
     if any(_change(run, agr, attack) is None for run in runs for attack in ("clean", "fast")):
         return "not decided"
-    *points, (clean, fast) = (
-        tuple(100 * run.attacks[attack].accuracy for attack in ("clean", "fast"))
+    *points, (clean, fast, agr_run) = (
+        (100 * run.attacks["clean"].accuracy, 100 * run.attacks["fast"].accuracy, run)
         for run in (*runs, agr)
         if run
     )
-    least, most = min(points)[0], max(points)[0]
+    points.sort(key=lambda point: point[:2])
+    least, most = points[0][0], points[-1][0]
     if not least <= clean <= most:
         return f"AGR's clean accuracy, {clean:.2f}, is outside of theirs, {least:.2f} to {most:.2f}"
-    reached = max(
-        float(np.interp(clean, (x, other_x), (y, other_y)))
-        for (x, y), (other_x, other_y) in itertools.combinations_with_replacement(sorted(points), 2)
-        if x <= clean <= other_x
-    )
-    return f"{fast - reached:+.2f} points of {named.title('fast')}"
+
+    def height(line: tuple[Any, Any]) -> float:
+        (x, y, _), (other_x, other_y, _) = line
+        return float(np.interp(clean, (x, other_x), (y, other_y)))
+
+    lines = itertools.combinations_with_replacement(points, 2)
+    highest = max((each for each in lines if each[0][0] <= clean <= each[1][0]), key=height)
+    (x, _, low), (other_x, _, high) = highest
+    share = (clean - x) / (other_x - x) if other_x > x else 0.0
+    masks = [run.attacks["fast"].correct for run in (agr_run, low, high)]
+    error = _standard_error(masks, (1, share - 1, -share))
+    return f"{fast - height(highest):+.2f}{error} points of {named.title('fast')}"
+
+
+def _standard_error(masks: Sequence[np.ndarray | None], weights: Sequence[float]) -> str:
+    """That of a weighted sum of accuracies, from how it differs from image to image."""
+    known = [mask for mask in masks if mask is not None]
+    if len(known) < len(masks):
+        return ""
+    by_image = sum(weight * mask for weight, mask in zip(weights, known, strict=True))
+    return f" ± {100 * np.std(by_image, ddof=1) / np.sqrt(len(known[0])):.2f}"
 
 
 def _beats(run: RunRecord, others: Sequence[RunRecord]) -> tuple[bool | None, str]:
