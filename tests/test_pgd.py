@@ -374,3 +374,59 @@ def test_momentum_changes_the_outcome_and_must_be_finite(weights, images):
     assert (np.asarray(plain) != np.asarray(kept)).any()
     with pytest.raises(ValueError, match=r"PGD\.momentum must be finite and >= 0, got -1"):
         pgd(Linf(0.1), momentum=-1)
+
+
+# ---- a randomised network
+
+
+@pytest.fixture(scope="module")
+def noisy(weights):
+    """Each draw adds to the linear network noise of more than its own size."""
+
+    def logits_fn(images, key):
+        noise = 5 * jax.random.normal(key, weights.shape)
+        return images.reshape(len(images), -1) @ (weights + noise)
+
+    return logits_fn
+
+
+def share_of_right_moves(weights, images, adversarial):
+    """Where the slope of the mean network is clear, how often a pixel goes along it."""
+    clear = np.abs(slope(weights)) > 0.5
+    moved = np.asarray(adversarial - images).reshape(len(images), -1)
+    return (np.sign(moved) == np.sign(slope(weights)))[clear].mean()
+
+
+def test_draws_follow_the_mean_network(weights, noisy, inner_images):
+    """The noise of a pixel's slope is 7: that of the mean of 2,500 draws 0.14."""
+    attack = pgd(Linf(0.1), 1, 0.1, random_start=False, loss=losses.margin, draws=2500)
+    adversarial = attack(noisy, inner_images, LABELS, KEY)
+    np.testing.assert_allclose(np.abs(adversarial - inner_images), 0.1, atol=1e-6)
+    assert share_of_right_moves(weights, inner_images, adversarial) == 1
+    one = dataclasses.replace(attack, draws=1)
+    shares = [
+        share_of_right_moves(weights, inner_images, one(noisy, inner_images, LABELS, key))
+        for key in jax.random.split(KEY, 8)
+    ]
+    assert 0.4 < np.mean(shares) < 0.75
+
+
+def test_each_step_and_each_restart_has_its_own_draws(weights, noisy, inner_images):
+    """One draw repeated would be right as rarely as one step: 400 different ones average out."""
+    attack = pgd(Linf(0.1), 400, 0.001, random_start=False, loss=losses.margin, draws=1)
+    adversarial = attack(noisy, inner_images, LABELS, KEY)
+    assert share_of_right_moves(weights, inner_images, adversarial) > 0.9
+    single = pgd(Linf(0.1), steps=1, draws=1)
+    restarted = dataclasses.replace(single, restarts=2)
+    results = [attack(noisy, inner_images, LABELS, KEY) for attack in (single, restarted)]
+    assert (np.abs(results[0] - results[1]) > 1e-3).any()
+
+
+def test_draws_with_other_settings(noisy, inner_images):
+    for fields in ({"targets": "clean_logits", "loss": losses.kl_divergence}, {"momentum": 1.0}):
+        for restarts in (1, 2):
+            attack = pgd(Linf(0.1), steps=2, draws=3, restarts=restarts, **fields)
+            adversarial = attack(noisy, inner_images, LABELS, KEY)
+            assert 0 < np.abs(adversarial - inner_images).max() <= 0.1 + 1e-6
+    with pytest.raises(ValueError, match=r"from_start takes no key .* got 2"):
+        pgd(Linf(0.1), draws=2).from_start(noisy, inner_images, LABELS, inner_images)

@@ -45,9 +45,13 @@ class PGD:
             0 steps along the last gradient alone.
         targeted: the labels are the classes to reach, not to leave: the loss is lowered, and a
             restart succeeds where the prediction is the label.
+        draws: 0 for a network `logits_fn(images)`. Otherwise it is randomised,
+            `logits_fn(images, key)`, and the gradient is the mean of this many draws, the same for
+            all images of the batch ("expectation over transformation"); of the restarts' results
+            one draw decides.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
-    ICLR 2018.
+    ICLR 2018; for `draws` Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -70,6 +74,7 @@ class PGD:
     restarts: int = 1
     momentum: float = 0.0
     targeted: bool = False
+    draws: int = 0
 
     def __post_init__(self) -> None:
         check_threat("PGD.threat", self.threat)
@@ -77,6 +82,8 @@ class PGD:
             raise ValueError(f"PGD.steps must be at least 1, got {self.steps}")
         if self.restarts < 1:
             raise ValueError(f"PGD.restarts must be at least 1, got {self.restarts}")
+        if self.draws < 0:
+            raise ValueError(f"PGD.draws must be at least 0, got {self.draws}")
         if self.restarts > 1 and not (self.random_start or self.start_noise):
             raise ValueError(
                 f"PGD.restarts is {self.restarts}, but without random_start or start_noise every "
@@ -108,7 +115,8 @@ class PGD:
         """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
 
         Args:
-            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
+            logits_fn: maps images `[batch, ...]` (with `draws`: and a key) to logits
+                `[batch, classes]`, in evaluation mode.
             images: floats in [0, 1].
             labels: `[batch]` integers, the classes to leave, or, if targeted, to reach.
             key: one JAX key, or one per image.
@@ -117,13 +125,15 @@ class PGD:
             ValueError: if images or labels have the wrong dtype, shape or range.
         """
         logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
+        check_inputs(images, labels, None if self.draws else logits_fn)
         return _run_pgd(self, logits_fn, images, labels, key)
 
     def from_start(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, start: jax.Array
     ) -> jax.Array:
-        """The same, from given points `start` instead of a random one."""
+        """The same, from given points `start` instead of a random one; without `draws`."""
+        if self.draws:
+            raise ValueError(f"PGD.from_start takes no key and so no draws, got {self.draws}")
         logits_fn = as_pytree(logits_fn)
         check_inputs(images, labels, logits_fn)
         return _ascend(self, logits_fn, images, labels, start)
@@ -206,7 +216,7 @@ def _run_pgd(
     if attack.restarts == 1:
         return _from_random_start(attack, logits_fn, images, labels, key)
     keys = image_keys(key, images.shape[0])
-    targets = labels if attack.targets == "labels" else logits_fn(images)
+    targets = labels if attack.targets == "labels" else _logits(attack, logits_fn, images, keys)
 
     def run(
         index: jax.Array, best: tuple[jax.Array, jax.Array, jax.Array]
@@ -214,7 +224,7 @@ def _run_pgd(
         points, fooled, loss = best
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         new_points = _from_random_start(attack, logits_fn, images, labels, own)
-        logits = logits_fn(new_points)
+        logits = _logits(attack, logits_fn, new_points, own)
         wrong = _succeeded(attack, logits, labels)
         new_loss = _objective(attack, logits, targets).astype(images.dtype)
         better = ~fooled & (wrong | (new_loss > loss) | jnp.isnan(new_loss))
@@ -227,6 +237,11 @@ def _run_pgd(
     examples = images.shape[:1]
     start = images, jnp.zeros(examples, bool), jnp.full(examples, -jnp.inf, images.dtype)
     return jax.lax.fori_loop(0, attack.restarts, run, start)[0]
+
+
+def _logits(attack: PGD, logits_fn: LogitsFn, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Of a randomised network those of one draw."""
+    return logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
 
 
 def _objective(attack: PGD, logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -249,28 +264,46 @@ def _from_random_start(
         start = attack.threat.random_start(key, images)
     elif attack.start_noise:
         start = images + attack.start_noise * gaussian_noise(key, images)
-    return _ascend(attack, logits_fn, images, labels, start)
+    draw = image_keys(key, images.shape[0])[0] if attack.draws else None
+    return _ascend(attack, logits_fn, images, labels, start, draw)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _ascend(
-    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, start: jax.Array
+    attack: PGD,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    start: jax.Array,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     threat = attack.threat
     step_size = attack.step_size
     if step_size is None:
         step_size = 2.5 * threat.epsilon / attack.steps
 
-    targets = labels if attack.targets == "labels" else logits_fn(images)
+    draw = () if key is None else (key,)
+    targets = labels if attack.targets == "labels" else logits_fn(images, *draw)
 
-    def total_loss(candidates: jax.Array) -> jax.Array:
-        return _objective(attack, logits_fn(candidates), targets).sum()
+    def total_loss(candidates: jax.Array, *draw: jax.Array) -> jax.Array:
+        return _objective(attack, logits_fn(candidates, *draw), targets).sum()
+
+    def gradient(candidates: jax.Array, index: jax.Array) -> jax.Array:
+        of_loss = jax.grad(total_loss)
+        if key is None:
+            return of_loss(candidates)
+        keys = jax.random.split(jax.random.fold_in(key, index), attack.draws)
+
+        def add(summed: jax.Array, draw: jax.Array) -> tuple[jax.Array, None]:
+            return summed + of_loss(candidates, draw), None
+
+        return jax.lax.scan(add, jnp.zeros_like(candidates), keys)[0] / attack.draws
 
     def step(
-        _: int, carry: tuple[jax.Array, jax.Array | None]
+        index: jax.Array, carry: tuple[jax.Array, jax.Array | None]
     ) -> tuple[jax.Array, jax.Array | None]:
         candidates, total = carry
-        direction = jax.grad(total_loss)(candidates)
+        direction = gradient(candidates, index)
         if total is not None:
             length = L1(0.0).distance(direction, jnp.zeros_like(direction))
             total = direction = attack.momentum * total + direction / expand(
