@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Interpolation = Literal["cosine", "mean"] | float
 Clip = Literal["changed", "interpolated", "all", "none"]
@@ -83,6 +85,18 @@ class CombinationRule:
         Those are `[groups]`: what is decided for every group is decided for all at once, since
         scalars one by one would be thousands of instructions to compile and kernels to launch.
         """
+        parts = self._parts(g_a, g_c)
+        if len(parts) == 1:
+            return self._combine(g_a, g_c, step)
+        found = [self._combine(_take(g_a, part), _take(g_c, part), step) for part in parts]
+        order = np.argsort([i for part in parts for i in part])
+        result = _take([leaf for leaves, _ in found for leaf in leaves], order)
+        columns = zip(*(measured for _, measured in found), strict=True)
+        return result, tuple(jnp.concatenate(column)[order] for column in columns)
+
+    def _combine(
+        self, g_a: list[jax.Array], g_c: list[jax.Array], step: jax.Array
+    ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
         dtype = _reduction_dtype(g_a + g_c)
         groups, clean_groups = self._groups(g_a, dtype), self._groups(g_c, dtype)
         clean, adversarial = _Scaled.of(clean_groups), _Scaled.of(groups)
@@ -133,8 +147,28 @@ class CombinationRule:
 
     def clip_only(self, leaves: list[jax.Array], step: jax.Array) -> list[jax.Array]:
         """What remains to be done without a clean gradient."""
-        groups = self._groups(leaves, _reduction_dtype(leaves))
-        return _as_leaves(self._clipped(groups, self.clip == "all", step), leaves)
+        parts = self._parts(leaves)
+        order = np.argsort([i for part in parts for i in part])
+        result = []
+        for part in parts:
+            own = _take(leaves, part)
+            groups = self._groups(own, _reduction_dtype(own))
+            result += _as_leaves(self._clipped(groups, self.clip == "all", step), own)
+        return _take(result, order)
+
+    def _parts(self, *gradients: list[jax.Array]) -> list[list[int]]:
+        """The indices of leaves that are decided together.
+
+        All of them, but within `shard_map` those that differ between devices apart from those that
+        do not: what is computed from both would count as different.
+        """
+        parts: dict[Any, list[int]] = {}
+        for i, leaves in enumerate(zip(*gradients, strict=True)):
+            # Of a version of JAX that names it otherwise all are taken for alike.
+            kind = tuple(getattr(jax.typeof(g), "manual_axis_type", None) for g in leaves)
+            parts.setdefault(kind, []).append(i)
+        together = self.granularity == "global" or not parts
+        return [list(range(len(gradients[0])))] if together else list(parts.values())
 
     def _groups(self, leaves: list[jax.Array], dtype: Any) -> list[list[jax.Array]]:
         wide = [leaf.astype(dtype) for leaf in leaves]
@@ -220,6 +254,10 @@ def _linear_combination(
 
 def _vector(scalars: list[jax.Array]) -> jax.Array:
     return jnp.stack(scalars) if scalars else jnp.zeros([0])
+
+
+def _take(leaves: list[jax.Array], indices: Iterable[int]) -> list[jax.Array]:
+    return [leaves[i] for i in indices]
 
 
 def _as_leaves(groups: list[list[jax.Array]], like: list[jax.Array]) -> list[jax.Array]:

@@ -88,6 +88,36 @@ def test_shard_map(batch, loop, mesh):
     assert_equal(jax.jit(run)(batch, jnp.arange(COUNT)), loop)
 
 
+def test_shard_map_with_leaves_of_both_kinds(batch, mesh):
+    """What is the same on all devices stays so, beside leaves that each device has for itself."""
+    own = GradientPair(batch.clean["w"], batch.adversarial["w"])
+    first, last = (GradientPair(batch.clean["b"][i], batch.adversarial["b"][i]) for i in (0, 1))
+
+    def of_device(own, first, last):
+        pairs = {"a": first, "own": own, "z": last}
+        pair = GradientPair(*({k: p[side] for k, p in pairs.items()} for side in (0, 1)))
+        result, state = one(pair, jnp.int32(1))
+        return result, state.cosine
+
+    expected = [of_device(jax.tree.map(lambda x: x[i], own), first, last) for i in range(COUNT)]  # noqa: B023
+
+    def per_device(own, first, last):
+        result, cosine = of_device(jax.tree.map(lambda x: x[0], own), first, last)
+        return result | {"own": result["own"][None]}, cosine[None]
+
+    run = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(P("data"), P(), P()),
+        out_specs=({"a": P(), "own": P("data"), "z": P()}, P("data")),
+    )
+    result, cosines = jax.jit(run)(own, first, last)
+    for name in ("a", "z"):
+        assert_equal(result[name], expected[0][0][name])
+    assert_equal(result["own"], np.stack([each["own"] for each, _ in expected]))
+    assert_equal(cosines, np.stack([cosine for _, cosine in expected]))
+
+
 def test_shard_map_averages_both_gradients_first(batch, mesh):
     mean = jax.tree.map(lambda x: x.mean(0), batch)
     expected = one(mean, jnp.int32(1))
