@@ -1,4 +1,4 @@
-"""What AGR does with the clean and the adversarial gradient of one leaf."""
+"""What AGR does with the leaves of the clean and the adversarial gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COSINE_GUARD = 1e-20  # the published code adds this to the product of the norm
 
 @dataclasses.dataclass(frozen=True)
 class CombinationRule:
-    """The arguments of `agr_transform`, checked, and what they do to one group of arrays.
+    """The arguments of `agr_transform`, checked, and what they do to the leaves.
 
     A group is what counts as one leaf: an array, or with `granularity="global"` all of them.
     """
@@ -137,11 +137,7 @@ class CombinationRule:
             "all": True,
             "none": False,
         }
-        # No element of a result is larger than this.
-        bound = (
-            jnp.abs(clean_factor) * clean.scale + jnp.abs(adversarial_factor) * adversarial.scale
-        )
-        result = self._clipped(result, selections[self.clip], step, bound)
+        result = self._clipped(result, selections[self.clip], step)
         measured = (cosine, projected, clean.norm, adversarial.norm)
         return _as_leaves(result, g_a), measured
 
@@ -185,11 +181,10 @@ class CombinationRule:
         groups: list[list[jax.Array]],
         selected: jax.Array | bool,
         step: jax.Array,
-        bound: jax.Array | None = None,
     ) -> list[list[jax.Array]]:
         if selected is False or self.first_clipped is None or self.clip_norm is None:
             return groups
-        norm = _Scaled.of(groups, bound).norm
+        norm = _Scaled.of(groups).norm
         too_long = _is_active(self.first_clipped, step) & selected & ~(norm <= self.clip_norm)
         factors = jnp.where(too_long, self.clip_norm, 1) / jnp.where(too_long, norm, 1)
         return [[g * factors[i] for g in group] for i, group in enumerate(groups)]
@@ -200,7 +195,7 @@ class _Scaled(NamedTuple):
 
     Attributes:
         groups: the divided arrays.
-        scale: `[groups]`, by what they are divided; a normal number whose inverse is one.
+        scale: `[groups]`, by what they are divided; NaN, or normal, and so is its inverse.
         unit_norm: `[groups]`, their norms.
     """
 
@@ -209,12 +204,10 @@ class _Scaled(NamedTuple):
     unit_norm: jax.Array
 
     @classmethod
-    def of(cls, groups: list[list[jax.Array]], bound: jax.Array | None = None) -> _Scaled:
-        """With `bound`, `[groups]`, if it is known that no element is larger."""
-        if bound is None:
-            bound = _vector([_largest_magnitude(group) for group in groups])
-        tiny = jnp.finfo(bound.dtype).tiny
-        scale = jnp.clip(bound, tiny, 1 / tiny)
+    def of(cls, groups: list[list[jax.Array]]) -> _Scaled:
+        largest = _vector([_largest_magnitude(group) for group in groups])
+        tiny = jnp.finfo(largest.dtype).tiny
+        scale = jnp.where(largest == 0, 1, jnp.clip(largest, tiny, 1 / tiny))
         inverse = 1 / scale
         divided = [[a * inverse[i] for a in group] for i, group in enumerate(groups)]
         return cls(divided, scale, jnp.sqrt(_inner_products(divided, divided)))
@@ -226,8 +219,9 @@ class _Scaled(NamedTuple):
     def cosine(self, other: _Scaled, dot: jax.Array) -> jax.Array:
         """`<a,b> / (|a||b| + 1e-20)`, the reference's guard, evaluated on the divided arrays."""
         norms = self.unit_norm * other.unit_norm
-        guard = _COSINE_GUARD / self.scale / other.scale
-        return jnp.clip(dot / (norms + guard), -1, 1)
+        guarded = norms + _COSINE_GUARD / self.scale / other.scale
+        # Of a zero beside a huge gradient both are 0.
+        return jnp.clip(dot / jnp.where(guarded == 0, 1, guarded), -1, 1)
 
 
 def _largest_magnitude(group: list[jax.Array]) -> jax.Array:

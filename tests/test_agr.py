@@ -588,6 +588,19 @@ def test_a_zero_gradient_beside_a_huge_one(scale_a, scale_c):
     np.testing.assert_allclose(state.clean_norm, [3 * scale_c], rtol=1e-6)
 
 
+@pytest.mark.parametrize("starts", [(None, None), (5, 5)])
+def test_nan_in_the_clean_gradient_stays_there_while_nothing_is_active(starts):
+    gop_start, gics_start = starts
+    clip = agr_transform(gop_start=gop_start, gics_start=gics_start, clip="all", clip_start=0)
+    out, _ = apply_once(clip, np.float32([3, 4]), np.float32([np.nan, 1]))
+    np.testing.assert_allclose(out, [0.06, 0.08], rtol=1e-6)
+
+
+def test_what_a_projection_leaves_is_clipped_however_much_it_removes():
+    out, _ = apply_once(agr_transform(), np.float32([-(2.0**67), 10]), np.float32([2.0**67, 0]))
+    np.testing.assert_allclose(out, [0, 0.1], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("scale_a", "scale_c"), [(1e15, 1e-15), (1e-15, 1e15), (1e-30, 1.0)])
 def test_gradients_of_very_different_length(scale_a, scale_c):
     for cosine in (-0.6, 0.6):

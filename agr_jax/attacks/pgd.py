@@ -47,8 +47,8 @@ class PGD:
             restart succeeds where the prediction is the label.
         draws: 0 for a network `logits_fn(images)`. Otherwise it is randomised,
             `logits_fn(images, key)`, and the gradient is the mean of this many draws, the same for
-            all images of the batch ("expectation over transformation"); of the restarts' results
-            one draw decides.
+            all images of the batch ("expectation over transformation"), so that the result depends
+            on the batch; one more draw says whether a restart succeeded.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
     ICLR 2018; for `draws` Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018.
@@ -122,7 +122,8 @@ class PGD:
             key: one JAX key, or one per image.
 
         Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range.
+            ValueError: if images or labels have the wrong dtype, shape or range (with `draws` it is
+                not looked at whether the labels are classes of the network).
         """
         logits_fn = as_pytree(logits_fn)
         check_inputs(images, labels, None if self.draws else logits_fn)
@@ -240,8 +241,10 @@ def _run_pgd(
 
 
 def _logits(attack: PGD, logits_fn: LogitsFn, images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Of a randomised network those of one draw."""
-    return logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
+    """Of a randomised network those of one draw, which is none of the steps'."""
+    if not attack.draws:
+        return logits_fn(images)
+    return logits_fn(images, jax.random.fold_in(keys[0], attack.steps))
 
 
 def _objective(attack: PGD, logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -282,7 +285,7 @@ def _ascend(
     if step_size is None:
         step_size = 2.5 * threat.epsilon / attack.steps
 
-    draw = () if key is None else (key,)
+    draw = () if key is None else (jax.random.fold_in(key, attack.steps),)
     targets = labels if attack.targets == "labels" else logits_fn(images, *draw)
 
     def total_loss(candidates: jax.Array, *draw: jax.Array) -> jax.Array:
