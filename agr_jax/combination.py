@@ -177,10 +177,7 @@ class CombinationRule:
         return jnp.full_like(cosine, 1 - tau)
 
     def _clipped(
-        self,
-        groups: list[list[jax.Array]],
-        selected: jax.Array | bool,
-        step: jax.Array,
+        self, groups: list[list[jax.Array]], selected: jax.Array | bool, step: jax.Array
     ) -> list[list[jax.Array]]:
         if selected is False or self.first_clipped is None or self.clip_norm is None:
             return groups

@@ -411,15 +411,26 @@ def test_draws_follow_the_mean_network(weights, noisy, inner_images):
     assert 0.4 < np.mean(shares) < 0.75
 
 
-def test_each_step_and_each_restart_has_its_own_draws(weights, noisy, inner_images):
+def test_each_step_has_its_own_draws(weights, noisy, inner_images):
     """One draw repeated would be right as rarely as one step: 400 different ones average out."""
     attack = pgd(Linf(0.1), 400, 0.001, random_start=False, loss=losses.margin, draws=1)
     adversarial = attack(noisy, inner_images, LABELS, KEY)
     assert share_of_right_moves(weights, inner_images, adversarial) > 0.9
-    single = pgd(Linf(0.1), steps=1, draws=1)
-    restarted = dataclasses.replace(single, restarts=2)
-    results = [attack(noisy, inner_images, LABELS, KEY) for attack in (single, restarted)]
-    assert (np.abs(results[0] - results[1]) > 1e-3).any()
+
+
+def test_no_key_is_drawn_from_twice(linear, inner_images):
+    seen = []
+
+    def recording(images, key):
+        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
+        return linear(images)
+
+    jax.block_until_ready(
+        pgd(Linf(0.1), steps=2, draws=3, restarts=2)(recording, inner_images, LABELS, KEY)
+    )
+    jax.effects_barrier()
+    assert len(seen) == 2 * (2 * 3 + 1)  # and one that says whether the restart succeeded
+    assert len(set(seen)) == len(seen)
 
 
 def test_draws_with_other_settings(noisy, inner_images):

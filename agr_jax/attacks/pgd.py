@@ -217,7 +217,9 @@ def _run_pgd(
     if attack.restarts == 1:
         return _from_random_start(attack, logits_fn, images, labels, key)
     keys = image_keys(key, images.shape[0])
-    targets = labels if attack.targets == "labels" else _logits(attack, logits_fn, images, keys)
+    targets = labels
+    if attack.targets == "clean_logits":
+        targets = _logits(attack, logits_fn, images, _network_key(attack, keys))
 
     def run(
         index: jax.Array, best: tuple[jax.Array, jax.Array, jax.Array]
@@ -225,7 +227,7 @@ def _run_pgd(
         points, fooled, loss = best
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         new_points = _from_random_start(attack, logits_fn, images, labels, own)
-        logits = _logits(attack, logits_fn, new_points, own)
+        logits = _logits(attack, logits_fn, new_points, _network_key(attack, own))
         wrong = _succeeded(attack, logits, labels)
         new_loss = _objective(attack, logits, targets).astype(images.dtype)
         better = ~fooled & (wrong | (new_loss > loss) | jnp.isnan(new_loss))
@@ -240,11 +242,18 @@ def _run_pgd(
     return jax.lax.fori_loop(0, attack.restarts, run, start)[0]
 
 
-def _logits(attack: PGD, logits_fn: LogitsFn, images: jax.Array, keys: jax.Array) -> jax.Array:
+def _logits(
+    attack: PGD, logits_fn: LogitsFn, images: jax.Array, key: jax.Array | None
+) -> jax.Array:
     """Of a randomised network those of one draw, which is none of the steps'."""
-    if not attack.draws:
+    if key is None:
         return logits_fn(images)
-    return logits_fn(images, jax.random.fold_in(keys[0], attack.steps))
+    return logits_fn(images, jax.random.fold_in(key, attack.steps))
+
+
+def _network_key(attack: PGD, keys: jax.Array) -> jax.Array | None:
+    """The key that a randomised network's draws come from."""
+    return keys[0] if attack.draws else None
 
 
 def _objective(attack: PGD, logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -267,8 +276,8 @@ def _from_random_start(
         start = attack.threat.random_start(key, images)
     elif attack.start_noise:
         start = images + attack.start_noise * gaussian_noise(key, images)
-    draw = image_keys(key, images.shape[0])[0] if attack.draws else None
-    return _ascend(attack, logits_fn, images, labels, start, draw)
+    network_key = _network_key(attack, image_keys(key, images.shape[0]))
+    return _ascend(attack, logits_fn, images, labels, start, network_key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -285,8 +294,9 @@ def _ascend(
     if step_size is None:
         step_size = 2.5 * threat.epsilon / attack.steps
 
-    draw = () if key is None else (jax.random.fold_in(key, attack.steps),)
-    targets = labels if attack.targets == "labels" else logits_fn(images, *draw)
+    targets = labels
+    if attack.targets == "clean_logits":
+        targets = _logits(attack, logits_fn, images, key)
 
     def total_loss(candidates: jax.Array, *draw: jax.Array) -> jax.Array:
         return _objective(attack, logits_fn(candidates, *draw), targets).sum()
