@@ -395,6 +395,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_default_matmul_precision", "float32")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         problem = cnn(options) if options.network == "cnn" else preactresnet18(options, folder)
@@ -404,7 +405,7 @@ def main() -> None:
         target = Target.of(problem)
         ours = Ours(problem, options)
         contenders: list[Contender] = [ours]
-        versions = f"jax {jax.__version__}"
+        versions = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
         if options.torch_python:
             theirs, torch = stack.enter_context(start_theirs(problem, options, folder))
             contenders.append(theirs)

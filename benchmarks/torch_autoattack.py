@@ -27,7 +27,8 @@ class Normalised(nn.Module):
     def __init__(self, network: nn.Module, mean: np.ndarray, std: np.ndarray) -> None:
         super().__init__()
         self.network = network
-        self.mean, self.std = (torch.tensor(v).float().reshape(1, -1, 1, 1) for v in (mean, std))
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).float().reshape(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps images in [0, 1] to logits."""
@@ -71,9 +72,10 @@ class Contender:
     Args:
         setup: `network`, files `weights` and `images` (`.npz`), `mean` and `std`, `norm`,
             `epsilon`, `batch_size`.
+        device: `cpu` or `cuda`.
     """
 
-    def __init__(self, setup: dict[str, Any]) -> None:
+    def __init__(self, setup: dict[str, Any], device: str) -> None:
         from autoattack import AutoAttack
 
         with np.load(setup["weights"], allow_pickle=False) as file:
@@ -81,9 +83,9 @@ class Contender:
         tensors = {n: torch.tensor(a) for n, a in arrays.items() if re.search(r"\.[a-z_]+$", n)}
         make = {"cnn": cnn, "preactresnet18": preactresnet18}[setup["network"]]
         self.model = Normalised(make(tensors), setup["mean"], setup["std"])
-        self.model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False).to(device)
         with np.load(setup["images"], allow_pickle=False) as file:
-            self.images = torch.tensor(file["images"].transpose(0, 3, 1, 2).copy())
+            self.images = torch.tensor(file["images"].transpose(0, 3, 1, 2).copy(), device=device)
         # Its settings of "standard" stay when the attacks are then chosen one by one.
         self.attack = AutoAttack(
             self.model,
@@ -91,7 +93,7 @@ class Contender:
             eps=setup["epsilon"],
             seed=0,
             version="standard",
-            device="cpu",
+            device=device,
             verbose=False,
         )
         self.attack.version = "custom"
@@ -104,7 +106,7 @@ class Contender:
 
     def run(self, name: str, labels: list[int]) -> dict[str, Any]:
         """Times one attack, its checks included, on the images that are classified as `labels`."""
-        given = torch.tensor(labels)
+        given = torch.tensor(labels, device=self.images.device)
         self.attack.attacks_to_run = [name]
         wall, cpu = time.perf_counter(), time.process_time()
         _, predictions = self.attack.run_standard_evaluation(
@@ -119,17 +121,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--reference", required=True, help="clone of fra31/auto-attack")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     # The reference prints; what it prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, options.reference)
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # as ours, which attacks in float32
 
     def answer(found: dict[str, Any]) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
-    contender = Contender(json.loads(sys.stdin.readline()))
+    contender = Contender(json.loads(sys.stdin.readline()), options.device)
     answer({"torch": torch.__version__, "logits": contender.logits(16)})
     for line in sys.stdin:
         request = json.loads(line)

@@ -84,34 +84,50 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = PreActResNet18(options.width)
+    device = torch.device(options.device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    tf32 = options.precision != "float32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+    model = PreActResNet18(options.width).to(device, memory_format=layout)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
-    images = torch.rand(options.batch, 3, 32, 32)
-    labels = torch.arange(options.batch) % 10
+    images = torch.rand(options.batch, 3, 32, 32, device=device).to(memory_format=layout)
+    labels = torch.arange(options.batch, device=device) % 10
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
 
     def step() -> None:
-        adversarial = attack(model, images, labels)
-        loss = functional.cross_entropy(model(images), labels)
+        with mixed:
+            adversarial = attack(model, images, labels)
+            loss = functional.cross_entropy(model(images), labels)
         clean_grads = torch.autograd.grad(loss, parameters)
-        loss = functional.cross_entropy(model(adversarial), labels)
+        with mixed:
+            loss = functional.cross_entropy(model(adversarial), labels)
         adversarial_grads = torch.autograd.grad(loss, parameters)
         for leaf, clean, adv in zip(parameters, clean_grads, adversarial_grads, strict=True):
             leaf.grad = combine(clean, adv)
         optimizer.step()
 
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     started = time.perf_counter()
     step()
+    finish()
     first = time.perf_counter() - started
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(options.steps):
         step()
+    finish()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(
-        json.dumps({"first_step": first, "wall": wall / options.steps, "cpu": cpu / options.steps})
-    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    times = {"first_step": first, "wall": wall / options.steps, "cpu": cpu / options.steps}
+    print(json.dumps({**times, "device": f"{name}, PyTorch {torch.__version__}"}))
 
 
 if __name__ == "__main__":

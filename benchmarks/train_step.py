@@ -3,12 +3,15 @@
     python benchmarks/train_step.py                                  # JAX only
     python benchmarks/train_step.py --torch-python=OTHER/bin/python  # an environment with PyTorch
     python benchmarks/train_step.py --methods at trades mart awp avmixup --conv canonical
+    python benchmarks/train_step.py --batch=128 --steps=50 --conv plain --precision=bfloat16  # GPU
 
 One step: PGD-10 in evaluation mode, clean and adversarial forward and backward in training mode,
-AGR on all leaves (clipped), SGD with momentum and weight decay; PreAct-ResNet-18, float32, random
-images of 32x32. `--methods` takes the steps of other methods, each without and with AGR. The
+AGR on all leaves (clipped), SGD with momentum and weight decay; PreAct-ResNet-18, random images of
+32x32. `--precision` is that of `config.precision.train` (in PyTorch: TF32 products, autocast to
+bfloat16). `--methods` takes the steps of other methods, each without and with AGR. The
 contenders take turns, each in a process of its own; compilation and the first step are not counted.
-CPU seconds (user and system, over all cores) are what a busy machine disturbs least.
+CPU seconds (user and system, over all cores) are what a busy machine disturbs least; on a GPU look
+at wall seconds.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
 def measure_jax(
-    conv: str, method: str, *, agr: bool, batch: int, width: int, steps: int
-) -> dict[str, float]:
+    conv: str, method: str, precision: str, *, agr: bool, batch: int, width: int, steps: int
+) -> dict[str, Any]:
     """Times `Trainer.step`, attack included, as training runs it."""
     sys.path.insert(0, str(ROOT))
     import jax
@@ -41,8 +45,9 @@ def measure_jax(
     from configs import base
 
     on = mesh.data_mesh()
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     trainer = Trainer(
-        model=models.create("preactresnet18", 10, width=width, conv=conv),
+        model=models.create("preactresnet18", 10, width=width, conv=conv, dtype=dtype),
         method=methods.from_config(from_config_dict(base.recipe("cifar10", method, "paper"))),
         optimizer=optax.chain(
             agr_transform(), optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9)
@@ -64,18 +69,21 @@ def measure_jax(
         donate_argnums=0,
         out_shardings=everywhere,
     )
-    started = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state))
-    first = time.perf_counter() - started
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        state, metrics = step(state)
-    jax.block_until_ready((state, metrics))
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"first_step": first, "wall": wall / steps, "cpu": cpu / steps}
+    products = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+    with jax.default_matmul_precision(products[precision]):
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state))
+        first = time.perf_counter() - started
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            state, metrics = step(state)
+        jax.block_until_ready((state, metrics))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    return {"first_step": first, "wall": wall / steps, "cpu": cpu / steps, "device": device}
 
 
-def run(python: str, *arguments: str) -> dict[str, float]:
+def run(python: str, *arguments: str) -> dict[str, Any]:
     """One measurement in a process of its own."""
     result = subprocess.run([python, *arguments], check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
@@ -88,6 +96,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
     parser.add_argument("--torch-python", default="", help="Python that can import torch")
     parser.add_argument("--conv", nargs="+", default=["canonical", "plain"], help="of JAX")
     parser.add_argument("--methods", nargs="+", default=[], help="each without and with AGR")
@@ -96,10 +105,12 @@ def main() -> None:
     if options.only:
         conv, method, agr = options.only
         sizes = {"batch": options.batch, "width": options.width, "steps": options.steps}
-        print(json.dumps(measure_jax(conv, method, agr=agr == "agr", **sizes)))
+        precision = options.precision
+        print(json.dumps(measure_jax(conv, method, precision, agr=agr == "agr", **sizes)))
         return
 
     sizes = [f"--batch={options.batch}", f"--width={options.width}", f"--steps={options.steps}"]
+    sizes.append(f"--precision={options.precision}")
     itself = str(Path(__file__).resolve())
     steps = [(method, agr) for method in options.methods for agr in ("plain", "agr")]
     contenders = {
@@ -118,23 +129,29 @@ def main() -> None:
     if options.torch_python:
         torch_step = str(HERE / "torch_train_step.py")
         contenders = {"PyTorch": (options.torch_python, torch_step, *sizes), **contenders}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(options.turns):
         for name, arguments in contenders.items():
             results[name].append(run(*arguments))
     base = next(iter(results))
-    print(f"batch {options.batch}, width {options.width}, {options.turns} turns; medians")
-    print(f"| contender | CPU s a step | wall s a step | first step, s | CPU, of {base} |")
+    print(f"batch {options.batch}, width {options.width}, {options.precision}", end=", ")
+    print(f"{options.turns} turns; medians", end="; ")
+    print("; ".join(sorted({turns[0]["device"] for turns in results.values()})))
+    print(f"| contender | CPU s a step | wall s a step | first step, s | CPU, wall of {base} |")
     print("|---|---|---|---|---|")
     for name, turns in results.items():
         cpu, wall, first = (
             statistics.median(turn[key] for turn in turns) for key in ("cpu", "wall", "first_step")
         )
         # Paired by turn: both saw the same state of the machine.
-        ratio = statistics.median(
-            mine["cpu"] / theirs["cpu"] for mine, theirs in zip(turns, results[base], strict=True)
-        )
-        print(f"| {name} | {cpu:.2f} | {wall:.2f} | {first:.1f} | {ratio:.2f} |")
+        ratios = [
+            statistics.median(
+                mine[key] / theirs[key] for mine, theirs in zip(turns, results[base], strict=True)
+            )
+            for key in ("cpu", "wall")
+        ]
+        shown = f"{cpu:.4g} | {wall:.4g} | {first:.1f} | {ratios[0]:.2f}, {ratios[1]:.2f}"
+        print(f"| {name} | {shown} |")
 
 
 if __name__ == "__main__":
