@@ -17,6 +17,7 @@ at wall seconds.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import statistics
 import subprocess
@@ -27,10 +28,19 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PROFILED = 3
 
 
 def measure_jax(
-    conv: str, method: str, precision: str, *, agr: bool, batch: int, width: int, steps: int
+    conv: str,
+    method: str,
+    precision: str,
+    *,
+    agr: bool,
+    batch: int,
+    width: int,
+    steps: int,
+    profile: str,
 ) -> dict[str, Any]:
     """Times `Trainer.step`, attack included, as training runs it."""
     sys.path.insert(0, str(ROOT))
@@ -79,8 +89,31 @@ def measure_jax(
             state, metrics = step(state)
         jax.block_until_ready((state, metrics))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        if profile:
+            with jax.profiler.trace(profile):
+                for _ in range(PROFILED):
+                    state, metrics = step(state)
+                jax.block_until_ready((state, metrics))
+            memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+            print(f"peak memory {memory / 1e6:.0f} MB; {kernels(Path(profile))}")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     return {"first_step": first, "wall": wall / steps, "cpu": cpu / steps, "device": device}
+
+
+def kernels(folder: Path) -> str:
+    """What a GPU did in the profiled steps, from the newest trace below a folder."""
+    newest = max(folder.glob("**/*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    events = json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]
+    places = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    on_gpu = [
+        e
+        for e in events
+        if "GPU" in places.get(e.get("pid"), "") and "correlation_id" in e.get("args", {})
+    ]
+    if not on_gpu:
+        return "no GPU in the trace"
+    busy = sum(e["dur"] for e in on_gpu) / 1000 / PROFILED
+    return f"{len(on_gpu) / PROFILED:.0f} kernels a step, busy for {busy:.2f} ms"
 
 
 def run(python: str, *arguments: str) -> dict[str, Any]:
@@ -101,12 +134,21 @@ def main() -> None:
     parser.add_argument("--conv", nargs="+", default=["canonical", "plain"], help="of JAX")
     parser.add_argument("--methods", nargs="+", default=[], help="each without and with AGR")
     parser.add_argument("--only", nargs=3, help="measure CONV METHOD AGR and print JSON")
+    parser.add_argument("--profile", default="", help="of --only: folder for JAX's trace")
     options = parser.parse_args()
     if options.only:
         conv, method, agr = options.only
-        sizes = {"batch": options.batch, "width": options.width, "steps": options.steps}
-        precision = options.precision
-        print(json.dumps(measure_jax(conv, method, precision, agr=agr == "agr", **sizes)))
+        found = measure_jax(
+            conv,
+            method,
+            options.precision,
+            agr=agr == "agr",
+            batch=options.batch,
+            width=options.width,
+            steps=options.steps,
+            profile=options.profile,
+        )
+        print(json.dumps(found))
         return
 
     sizes = [f"--batch={options.batch}", f"--width={options.width}", f"--steps={options.steps}"]
