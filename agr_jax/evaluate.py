@@ -247,8 +247,9 @@ def _earlier_attacks(path: Path, record: Mapping[str, Any], config: Config) -> d
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier["step"] != record["step"]:
             return {}
-        same = all(earlier[n] == record[n] for n in ("seed", "threat", "data", "examples"))
-        same &= earlier.get("digests", record["digests"]) == record["digests"]
+        # The images' digest knows them wherever they lie; what describes them names the folder.
+        images = "digests" if "digests" in earlier else "data"
+        same = all(earlier[n] == record[n] for n in ("seed", "threat", "examples", images))
         kept = {
             name: {"environment": earlier["environment"], **entry}
             for name, entry in earlier["attacks"].items()

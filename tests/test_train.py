@@ -130,6 +130,10 @@ def test_an_evaluation_adds_to_the_one_before(finished, tmp_path, capsys):
     assert evaluate.table([record, missing]).splitlines()[3].endswith("| - | - | - | - |")
 
     capsys.readouterr()
+    # The same images may lie in another folder.
+    moved = json.loads(file.read_text())
+    file.write_text(json.dumps({**moved, "data": "images from elsewhere"}))
+    assert list(evaluated(folder, attacks=("clean",))["attacks"]) == list(record["attacks"])
     # An older version's file has no digests; other settings leave out what depends on them.
     old = json.loads(file.read_text())
     del old["digests"]
