@@ -239,42 +239,56 @@ def _trade_off(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         return None
     setting = collections.Counter(run.setting for run in found).most_common(1)[0][0]
     found = [run for run in found if run.setting == setting]
-    axes = figure.add_subplot()
+    arms = sorted({r.arm for r in found if not r.arm.startswith("tau_")}, key=arm_order)
+    base_of = {run.config.seed: run.base for run in found if run.base}
+    panels: dict[str, list[RunRecord]] = collections.defaultdict(list)
+    for run in found:
+        # A run from its own start stands beside the branches of its seed.
+        panels[run.base or base_of.get(run.config.seed, run.name)].append(run)
+    columns = min(len(panels), 3)
+    places = figure.subplots(
+        -(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False
+    ).flat
+    for axes, (base, of_base) in zip(places, sorted(panels.items()), strict=False):
+        _trade_off_of_base(axes, of_base, arms)
+        axes.set_title(base, fontsize="medium")
+        axes.set(xlabel="clean accuracy, %", ylabel="under APGD-CE + targeted APGD, %")
+        axes.label_outer()
+    for axes in places:  # those that the last row has left
+        axes.set_axis_off()
+    labels = {label: handle for axes in figure.axes for handle, label in _legend(axes)}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3)
+    count = f"{len(panels)} {'base' if len(panels) == 1 else 'bases'}"
+    return (
+        f"Clean accuracy against robustness, {setting}; {count}. Further up and to the right is "
+        "better; between two networks of fixed tau, a choice by chance reaches the line."
+    )
 
+
+def _legend(axes: Any) -> list[tuple[Any, str]]:
+    return list(zip(*axes.get_legend_handles_labels(), strict=True))
+
+
+def _trade_off_of_base(axes: Any, runs: Sequence[RunRecord], arms: Sequence[str]) -> None:
     def points(runs: Sequence[RunRecord]) -> tuple[list[float], list[float]]:
         clean, robust = ([100 * run.attacks[a].accuracy for run in runs] for a in ("clean", "fast"))
         return clean, robust
 
-    fixed = [run for run in found if run.arm.startswith("tau_")]
-    for index, base in enumerate(sorted({run.base for run in fixed})):
-        line = sorted((r for r in fixed if r.base == base), key=lambda run: run.config.agr.tau)
-        line += [run for run in found if run.arm == "clip" and run.base == base]
-        label = "fixed tau, to AT + clip" if index == 0 else None
-        axes.plot(
-            *points(line), color=COLOURS[0], linewidth=1, marker="o", markersize=4, label=label
-        )
-        for run, x, y in zip(line, *points(line), strict=True):
-            if run.arm != "clip":
-                at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "x-small"}
-                axes.annotate(f"{run.config.agr.tau:g}", (x, y), **at)
-    arms = sorted({run.arm for run in found if run not in fixed}, key=arm_order)
+    fixed = [run for run in runs if run.arm.startswith("tau_")]
+    line = sorted(fixed, key=lambda run: run.config.agr.tau)
+    if line:
+        line += [run for run in runs if run.arm == "clip"]
+        look = {"color": COLOURS[0], "linewidth": 1, "marker": "o", "markersize": 4}
+        axes.plot(*points(line), label="fixed tau, to AT + clip", **look)
+    for run, x, y in zip(line, *points(line), strict=True):
+        if run.arm != "clip":
+            at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "x-small"}
+            axes.annotate(f"{run.config.agr.tau:g}", (x, y), **at)
     for index, arm in enumerate(arms, 1):
-        of_arm = [run for run in found if run.arm == arm]
-        look = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": "sD^vP*X"[index % 7],
-            "s": 40,
-            "zorder": 3,
-        }
-        axes.scatter(*points(of_arm), label=of_arm[0].title, **look)
-    axes.set(xlabel="clean accuracy, %", ylabel="accuracy under APGD-CE + targeted APGD, %")
-    axes.legend()
-    bases = len({run.base for run in found if run.base})
-    return (
-        f"Clean accuracy against robustness, {setting}; {bases} "
-        f"{'base' if bases == 1 else 'bases'}. Further up and to the right is better; between two "
-        "networks of fixed tau, a choice by chance reaches the line."
-    )
+        of_arm = [run for run in runs if run.arm == arm]
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": "sD^vP*X"[index % 7], "s": 40}
+        if of_arm:
+            axes.scatter(*points(of_arm), label=of_arm[0].title, zorder=3, **look)
 
 
 def _family(run: RunRecord) -> tuple[str, str, int]:
@@ -282,20 +296,21 @@ def _family(run: RunRecord) -> tuple[str, str, int]:
 
 
 def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
-    found: dict[str, RunRecord] = {}
+    # Only what was run alike can be compared: the same data, seed, start and device.
+    alike: dict[tuple[str, ...], dict[str, RunRecord]] = collections.defaultdict(dict)
     for run in sorted(runs, key=lambda run: (run.method, run.arm != "off")):
         if run.metrics and run.arm in ("off", "agr") and not run.config.diagnostics:
-            found.setdefault(run.title, run)
-    if not found:
+            group = run.setting, str(run.config.seed), run.base, run.device
+            alike[group].setdefault(run.title, run)
+    if not alike:
         return None
+    found = max(alike.values(), key=len)
     titles = list(found)
-    # The first epoch of a start compiles.
-    seconds = [
-        float(np.median([m["seconds"] for m in r.metrics[1:] or r.metrics])) for r in found.values()
-    ]
+    # The first epoch of a start compiles; the fastest one is the least disturbed.
+    seconds = [min(m["seconds"] for m in r.metrics[1:] or r.metrics) for r in found.values()]
     memory = [max(m.get("peak_memory_mb", np.nan) for m in r.metrics) for r in found.values()]
     quantities = (
-        ("seconds an epoch, median", "%.3g", seconds),
+        ("seconds of the fastest epoch", "%.3g", seconds),
         ("peak memory, MB", "%.0f", memory),
     )
     for place, (label, digits, values) in enumerate(quantities, 1):
@@ -310,10 +325,12 @@ def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         axes.margins(x=0.15)
         axes.invert_yaxis()
         axes.tick_params(labelleft=place == 1)
+    first = next(iter(found.values()))
+    device = f", on {first.device}" if first.device else ""
     return (
         "As the runs recorded them, other work on the machine included; the memory is the "
         "most since the process began, earlier runs of the same sweep included. "
-        f"{next(iter(found.values())).setting}."
+        f"{first.setting}{device}."
     )
 
 

@@ -87,6 +87,7 @@ class RunRecord:
         metrics: one record an epoch.
         attacks: what its last epoch's evaluations found, by the attack's name.
         measurements: contents of `measurements/*.json`, by name.
+        device: that its last epoch was evaluated on, or nothing.
     """
 
     name: str
@@ -95,6 +96,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     attacks: Mapping[str, Found]
     measurements: Mapping[str, dict[str, Any]]
+    device: str = ""
 
     @property
     def epochs(self) -> int:
@@ -194,11 +196,15 @@ def read_run(folder: Path) -> RunRecord:
     metrics = read_json_lines(path) if path.is_file() else []
     last = max((record.get("epoch", 0) for record in metrics), default=0)
     attacks: dict[str, Found] = {}
+    device = ""
     which = "average" if config.averaging.decay else "last"
     for path in sorted(run_folder.evaluations_path(folder).glob(f"{which}*.json")):
         record = _read_json(path)
         if record is None or record.get("epoch") != last:
             continue
+        environment = record.get("environment")
+        if isinstance(environment, dict):
+            device = device or str(environment.get("device", ""))
         for name, found in record.get("attacks", {}).items():
             new = _found(record, found, path)
             # More images are better than fewer.
@@ -209,7 +215,7 @@ def read_run(folder: Path) -> RunRecord:
         measured = _read_json(path)
         if measured is not None and not _unusable(path.stem, measured, last):
             measurements[path.stem] = measured
-    return RunRecord(folder.name, folder, config, metrics, attacks, measurements)
+    return RunRecord(folder.name, folder, config, metrics, attacks, measurements, device)
 
 
 def read_diagnostics(record: RunRecord) -> diagnostics.LeafDiagnostics | None:
