@@ -230,10 +230,16 @@ def test_figures_are_drawn_or_say_what_is_missing(made):
     assert "</svg>" in svg
 
 
-def drawn(root, name):
-    """The axes of a figure, and its caption."""
+def drawn_whole(root, name):
+    """A figure and its caption."""
     figure = Figure()
     caption = figures._DRAWINGS[name](figure, read_runs(root)[0])
+    return figure, caption
+
+
+def drawn(root, name):
+    """The first axes of a figure, and its caption."""
+    figure, caption = drawn_whole(root, name)
     return figure.axes[0], caption
 
 
@@ -245,6 +251,23 @@ def test_figure_3_shows_the_mean_over_seeds(made):
     assert bars["AVmixup"] == [60, 60]  # clean and PGD-20
     assert bars["AWP"] == [44, 44]
     assert caption.endswith("last epoch, mean of up to 2 seeds.")
+
+
+def test_figure_8_compares_what_was_run_alike(tmp_path):
+    runs = [("at", 0, "CPU", 9.0), ("agr", 0, "GPU", 1.0), ("at", 1, "GPU", 2.0)]
+    for arm, seed, device, seconds in [*runs, ("agr", 1, "GPU", 3.0)]:
+        folder = made_run(tmp_path, f"{arm}-{seed}", arm.replace("at", "off"), seed=seed)
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines()
+        lines[0] = lines[0].replace("60.0", "0.5")  # which compiles, and does not count
+        lines[7] = lines[7].replace("60.0", str(seconds))
+        path.write_text("\n".join(lines))
+        path = folder / "evaluations/last-first1000.json"
+        record = {**json.loads(path.read_text()), "environment": {"device": device}}
+        path.write_text(json.dumps(record))
+    axes, caption = drawn(tmp_path, "figure8")
+    assert [bar.get_width() for bar in axes.containers[0]] == [2.0, 3.0]
+    assert caption.endswith("60 epochs, on GPU.")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -489,15 +512,22 @@ def test_the_trade_off_shows_each_base(tmp_path):
     correct = {"base-0": {**fixed, "agr": 530}, "base-1": {"clip": 501, "agr": 531}}
     answers_of(tmp_path, correct, robust=[("base-0", "agr", "fast", 410)], best=[("best-0", 560)])
     made_run(tmp_path, "larger", "agr", scale="full", base="runs/base-0", mask=first(3))
-    axes, caption = drawn(tmp_path, "tradeoff")
-    assert axes.lines[0].get_xydata().tolist() == [[54.0, 54.0], [50.5, 50.5], [50.0, 50.0]]
-    assert [text.get_text() for text in axes.texts] == ["0.25", "0.9"]
-    shown = {s.get_label(): s.get_offsets().round(6).tolist() for s in axes.collections}
-    assert shown == {
-        "AT + clip": [[50.0, 50.0], [50.1, 50.1]],
-        "AT + AGR": [[53.0, 41.0], [53.1, 53.1]],
-        "AT best recipe": [[56.0, 56.0]],
-    }
+    figure, caption = drawn_whole(tmp_path, "tradeoff")
+    left, right = figure.axes
+    assert left.lines[0].get_xydata().tolist() == [[54.0, 54.0], [50.5, 50.5], [50.0, 50.0]]
+    assert [text.get_text() for text in left.texts] == ["0.25", "0.9"]
+    assert not right.lines
+    shown = [
+        {s.get_label(): s.get_offsets().round(6).tolist() for s in axes.collections}
+        for axes in (left, right)
+    ]
+    assert shown == [
+        {"AT + clip": [[50, 50]], "AT + AGR": [[53, 41]], "AT best recipe": [[56, 56]]},
+        {"AT + clip": [[50.1, 50.1]], "AT + AGR": [[53.1, 53.1]]},
+    ]
+    assert [axes.get_title() for axes in figure.axes] == ["base-0", "base-1"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(names) == sorted({"fixed tau, to AT + clip", *shown[0]})
     assert "2 bases" in caption
     assert (tmp_path / "report/tradeoff.svg").exists()
 
@@ -855,43 +885,101 @@ def test_every_plan_loads(path, scale):
     assert len({run.name for run in planned.runs}) == len(planned.runs)
 
 
-def test_the_pages_numbers_are_those_of_the_committed_records():
-    docs = Path(__file__).parents[1] / "docs"
-    result = (docs / "experiments.md").read_text().split("## Result")[1]
-    readme = (docs.parent / "README.md").read_text().split("## Does AGR work?")[1]
-    row = re.compile(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
-    rows = row.findall(result)
-    names = {"AT": "at-0", "AT + clip": "at_clip-0", "AGR": "agr-0"}
-    names["AGR without clip"] = "agr_no_clip-0"
-    names |= {f"fixed tau {tau} + clip": f"tau_{tau}-0" for tau in ("0.9", "0.75", "0.5", "0.25")}
-    names |= {"fixed tau 0 + clip": "tau_0.0-0", "AGR without GOP": "agr_no_gop-0"}
-    assert [title for title, *_ in rows] == list(names)
-    same = [
-        (title.replace("AGR's clipping, the control", "clip"), *n)
-        for title, *n in row.findall(readme)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE_ARMS = {"AT": "at", "AT + clip": "at_clip", "AGR": "agr"}
+PAGE_ARMS |= {"AGR without clip": "agr_no_clip", "fixed tau 0.9 + clip": "tau_0.9"}
+PAGE_ATTACKS = ("clean", "pgd20", "fast")
+
+
+def accuracies(name):
+    """A committed run's accuracies in percent: clean, PGD-20, APGD-CE + targeted APGD."""
+    run = read_run(DOCS / "agr-small" / name)
+    assert run.finished
+    found = [run.attacks[attack] for attack in PAGE_ATTACKS]
+    assert [each.examples for each in found] == [10_000, 10_000, 1_000]
+    return [100 * each.accuracy for each in found]
+
+
+def page_rows(text, columns):
+    """Cells of a page's table rows, by their first."""
+    row = re.compile(rf"^\| ([^|]+?) {'[|] ([^|]+?) ' * columns}\|$", re.MULTILINE)
+    return {title: cells for title, *cells in row.findall(text) if cells[0][0] in "+-0123456789"}
+
+
+def test_the_pages_accuracies_are_those_of_the_committed_records():
+    result = (DOCS / "experiments.md").read_text().split("## Result")[1]
+    bases, differences, alone = result.split("\n| arm |")[1:]
+    found = {arm: [accuracies(f"{name}-{s}") for s in range(3)] for arm, name in PAGE_ARMS.items()}
+    assert page_rows(bases, 3) == {
+        arm: [" / ".join(f"{value:.2f}" for value in values) for values in of_bases]
+        for arm, of_bases in found.items()
+    }
+
+    def spread(values, sign=""):
+        return [f"{np.mean(v):{sign}.2f} ± {np.std(v, ddof=1):.2f}" for v in np.transpose(values)]
+
+    control = np.array(found.pop("AT + clip"))
+    assert page_rows(differences, 3) == {
+        arm: spread(of_bases - control, "+") for arm, of_bases in found.items()
+    }
+    arms = {f"fixed tau {tau} + clip": f"tau_{float(tau)}-0" for tau in ("0.5", "0")}
+    arms |= {f"fixed tau {tau} + clip": f"tau_{tau}-0" for tau in ("0.75", "0.25")}
+    arms["AGR without GOP"] = "agr_no_gop-0"
+    assert page_rows(alone, 3) == {
+        arm: [f"{value:.2f}" for value in accuracies(name)] for arm, name in arms.items()
+    }
+
+    readme = (DOCS.parent / "README.md").read_text().split("## Does AGR work?")[1]
+    best = [f"{value:.2f}" for value in accuracies("best-0")]
+    shown = page_rows(readme.split("## Speed")[0], 3)
+    assert list(shown.values()) == [
+        spread(found["AT"]),
+        spread(control),
+        spread(found["AGR"]),
+        best,
     ]
-    assert same == rows[: len(same)]
-    assert len(same) == 3
-    for title, *shown in rows:
-        run = read_run(docs / "agr-small" / names[title])
-        assert run.finished
-        found = [run.attacks[name] for name in ("clean", "pgd20", "fast")]
-        assert [f"{100 * each.accuracy:.2f}" for each in found] == shown
-        assert [each.examples for each in found] == [10_000, 10_000, 1_000]
-        for path in (run.folder / "evaluations").glob("*.json"):
-            record = json.loads(path.read_text())
-            assert record["environment"]["commit"]
-            assert record["seed"] == run.config.seed == 0
-    agr, clip = (read_run(docs / "agr-small" / names[n]) for n in ("AGR", "AT + clip"))
-    for attack in ("clean", "pgd20", "fast"):
-        found = mcnemar(agr.attacks[attack].correct, clip.attacks[attack].correct)
-        assert re.search(rf"\b{found.gained}\s+and\s+{found.lost}\b", result), attack
-    folders = [path.parent for path in sorted(docs.glob("agr-small/*/config.json"))]
-    asked = comparison([read_run(folder) for folder in folders])[-1]
-    (line,) = [
-        answer for question, answer in asked.rows if "base-0: AGR above the line" in question
-    ]
+    assert " / ".join(best) in " ".join(result.split())
+    on_cpu = read_run(DOCS / "agr-small-on-cpu/at-1")
+    values = [100 * on_cpu.attacks[attack].accuracy for attack in PAGE_ATTACKS]
+    assert f"{' / '.join(f'{value:.2f}' for value in values)} on the CPU" in result
+    for path in DOCS.glob("agr-small*/*/evaluations/*.json"):
+        record = json.loads(path.read_text())
+        assert record["environment"]["commit"][:7] in result
+        assert record["seed"] == read_run(path.parents[1]).config.seed
+
+
+def test_the_pages_answers_are_those_of_the_committed_records():
+    result = " ".join((DOCS / "experiments.md").read_text().split("## Result")[1].split())
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    for seed in range(3):
+        agr, clip = (read_run(DOCS / f"agr-small/{arm}-{seed}") for arm in ("agr", "at_clip"))
+        for attack in PAGE_ATTACKS:
+            found = mcnemar(agr.attacks[attack].correct, clip.attacks[attack].correct)
+            assert found.p_value < 3e-9
+            counts = rf"\b{found.gained} and (the control )?{found.lost}\b"
+            assert seed or re.search(counts, result), attack
+    folders = [path.parent for path in sorted(DOCS.glob("agr-small/*/config.json"))]
+    assert len(folders) == 24
+    asked = dict(comparison([read_run(folder) for folder in folders])[-1].rows)
+    assert asked["AGR works"] == "no (all bases)"
+    assert asked["base-0: AGR above the front of fixed tau"] == "yes"
+    line = asked["base-0: AGR above the line through fixed tau"]
     distance, error = re.match(r"-([\d.]+) ± ([\d.]+) points", line).groups()
     assert f"lies {distance} points" in result
     assert f"lies {distance} ± {error} points" in readme
     assert f"standard error over images {error}" in result
+    # The page names them: AGR without clip on each base, fixed tau 0.25 and 0.
+    unbeaten = asked["best-0 beats every other arm"].removeprefix("no: not ").split(", ")
+    assert sorted(unbeaten) == [
+        "agr_no_clip-0",
+        "agr_no_clip-1",
+        "agr_no_clip-2",
+        "tau_0.0-0",
+        "tau_0.25-0",
+    ]
+
+
+def test_the_committed_report_is_that_of_the_committed_records(tmp_path):
+    kept = DOCS / "agr-small/report/report.md"
+    shutil.copytree(DOCS / "agr-small", tmp_path / "runs", ignore=shutil.ignore_patterns("report"))
+    assert rendered(tmp_path / "runs")[0] == kept.read_text()
