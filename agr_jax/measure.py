@@ -24,6 +24,7 @@ from agr_jax import (
     agr_transform,
     checkpoints,
     evaluate,
+    leaf_names,
     losses,
     mesh,
     methods,
@@ -249,7 +250,8 @@ def mechanism(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
 
     Over `measure.batches` batches of the training set in an order of its own, each augmented and
     attacked as in training. An update -G / |G| changes the clean loss by -<g_c, G> / |G|, and
-    the adversarial one likewise; g_c and g_a are this batch's, G is made of them.
+    the adversarial one likewise; g_c and g_a are this batch's, G is made of them. Also, for each
+    leaf, the mean cosine of g_c and g_a and the share of batches in which AGR projects it.
     """
     trainer = train.create_trainer(config, dataset, on)
     state = trainer.init(jax.random.key(0), dataset.image_shape).replace(  # type: ignore[attr-defined]
@@ -290,10 +292,7 @@ def mechanism(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
                 "norm": length,
             }
             if name == "agr":
-                leaves = {
-                    "cosine": optax.tree.get(seen, "cosine").mean(),
-                    "projected": optax.tree.get(seen, "projected").mean(),
-                }
+                leaves = {name: optax.tree.get(seen, name) for name in ("cosine", "projected")}
         return found, leaves
 
     root = jax.random.fold_in(jax.random.key(config.seed), 6)
@@ -319,8 +318,15 @@ def mechanism(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
             for way in ways
         },
         "leaves": {
-            name: _mean_and_deviation([leaves[name] for _, leaves in table])
+            name: _mean_and_deviation([leaves[name].mean() for _, leaves in table])
             for name in ("cosine", "projected")
+        },
+        "by_leaf": {
+            "names": list(leaf_names(state.params)),
+            **{
+                name: np.mean([leaves[name] for _, leaves in table], 0).tolist()
+                for name in ("cosine", "projected")
+            },
         },
     }
 

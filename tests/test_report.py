@@ -718,8 +718,20 @@ def test_measurements_of_a_real_run(swept, capsys):
             assert other[way]["mean"] >= change[way][way]["mean"] - 1e-4
     for part in ("clean", "adversarial"):  # Theorem 4.1
         assert change["agr"][part]["mean"] <= 1e-5
+    by_leaf, leaves = (found["mechanism"][name] for name in ("by_leaf", "leaves"))
+    assert "block1_0/conv1/kernel" in by_leaf["names"]
+    for name in ("cosine", "projected"):
+        assert np.mean(by_leaf[name]) == pytest.approx(leaves[name]["mean"], abs=1e-6)
+        assert len(by_leaf[name]) == len(by_leaf["names"])
     text, _ = rendered(swept.folder)
     assert "base-seed0: agr |" in section(text, "AGR-small: mechanism")
+    assert "](layers.svg)" in section(text, "AGR-small: mechanism")
+    left, right = drawn_whole(swept.folder, "layers")[0].axes
+    kernels = [index for index, name in enumerate(by_leaf["names"]) if name.endswith("kernel")]
+    assert left.lines[0].get_ydata().tolist() == np.array(by_leaf["cosine"])[kernels].tolist()
+    np.testing.assert_allclose(
+        right.lines[0].get_ydata(), 100 * np.array(by_leaf["projected"])[kernels]
+    )
     with pytest.raises(ConfigError, match="measurement 'x': there are boundary, landscape"):
         measure.measure_run(base, config, "x")
     shutil.rmtree(base / "measurements")

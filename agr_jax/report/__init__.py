@@ -39,12 +39,14 @@ def write_report(root: Path, out: Path) -> list[Path]:
             pictures.append(block)
         sections.append(page.Section(title, (block,)))
     compared: list[str | page.Table | page.Picture] = list(comparison.comparison(runs))
-    trade_off = _drawn("tradeoff", runs)
-    if isinstance(trade_off, page.Picture):
-        pictures.append(trade_off)
-        compared.append(trade_off)
+    mechanism: list[str | page.Table | page.Picture] = list(comparison.mechanism(runs))
+    for name, blocks in (("tradeoff", compared), ("layers", mechanism)):
+        picture = _drawn(name, runs)
+        if isinstance(picture, page.Picture):
+            pictures.append(picture)
+            blocks.append(picture)
     sections.append(page.Section("AGR-small: paired comparison", tuple(compared)))
-    sections.append(page.Section("AGR-small: mechanism", tuple(comparison.mechanism(runs))))
+    sections.append(page.Section("AGR-small: mechanism", tuple(mechanism)))
     out.mkdir(parents=True, exist_ok=True)
     written = {
         out / "report.md": page.markdown(_TITLE, sections).encode(),

@@ -29,7 +29,7 @@ TITLES = {
 
 
 def draw(name: str, runs: Sequence[RunRecord]) -> Picture | None:
-    """A figure of `TITLES`, or AGR-small's `tradeoff`; `None` where no run has what it shows.
+    """A figure of `TITLES`, or AGR-small's `tradeoff` or `layers`; `None` if no run has its data.
 
     Raises:
         ImportError: without matplotlib.
@@ -291,6 +291,31 @@ def _trade_off_of_base(axes: Any, runs: Sequence[RunRecord], arms: Sequence[str]
             axes.scatter(*points(of_arm), label=of_arm[0].title, zorder=3, **look)
 
 
+def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
+    """Of the measurement `mechanism`: files of earlier versions do not tell leaves apart."""
+    found = [run for run in runs if "by_leaf" in run.measurements.get("mechanism", {})]
+    if not found:
+        return None
+    names = found[0].measurements["mechanism"]["by_leaf"]["names"]
+    found = [r for r in found if r.measurements["mechanism"]["by_leaf"]["names"] == names]
+    kernels = [index for index, name in enumerate(names) if name.endswith("kernel")]
+    labels = ("cosine of clean and adversarial gradient", "batches in which GOP projects, %")
+    for place, (quantity, label) in enumerate(zip(("cosine", "projected"), labels, strict=True), 1):
+        axes = figure.add_subplot(1, 2, place)
+        for index, run in enumerate(found):
+            values = np.array(run.measurements["mechanism"]["by_leaf"][quantity])[kernels]
+            scale = 100 if quantity == "projected" else 1
+            axes.plot(scale * values, label=run.name, linewidth=1.2, **_look(index))
+        axes.set(xlabel="kernel, from the first layer to the last", ylabel=label)
+        axes.set_ylim(bottom=0)
+    handles, shown = axes.get_legend_handles_labels()
+    figure.legend(handles, shown, loc="outside lower center", ncols=4)
+    return (
+        "The two gradients of each convolution's (and the last layer's) kernel, mean over batches; "
+        f"{names[kernels[0]]} to {names[kernels[-1]]}, {found[0].setting}."
+    )
+
+
 def _family(run: RunRecord) -> tuple[str, str, int]:
     return run.setting, run.method, run.config.seed
 
@@ -343,4 +368,5 @@ _DRAWINGS: dict[str, Callable[[Any, Sequence[RunRecord]], str | None]] = {
     "figure7": _taus,
     "figure8": _costs,
     "tradeoff": _trade_off,
+    "layers": _layers,
 }
