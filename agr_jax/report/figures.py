@@ -296,23 +296,28 @@ def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found = [run for run in runs if "by_leaf" in run.measurements.get("mechanism", {})]
     if not found:
         return None
-    names = found[0].measurements["mechanism"]["by_leaf"]["names"]
-    found = [r for r in found if r.measurements["mechanism"]["by_leaf"]["names"] == names]
+    leaves = [run.measurements["mechanism"]["by_leaf"] for run in found]
+    names = leaves[0]["names"]
+    pairs = [(run, leaf) for run, leaf in zip(found, leaves, strict=True) if leaf["names"] == names]
     kernels = [index for index, name in enumerate(names) if name.endswith("kernel")]
-    labels = ("cosine of clean and adversarial gradient", "batches in which GOP projects, %")
-    for place, (quantity, label) in enumerate(zip(("cosine", "projected"), labels, strict=True), 1):
-        axes = figure.add_subplot(1, 2, place)
-        for index, run in enumerate(found):
-            values = np.array(run.measurements["mechanism"]["by_leaf"][quantity])[kernels]
-            scale = 100 if quantity == "projected" else 1
-            axes.plot(scale * values, label=run.name, linewidth=1.2, **_look(index))
-        axes.set(xlabel="kernel, from the first layer to the last", ylabel=label)
-        axes.set_ylim(bottom=0)
-    handles, shown = axes.get_legend_handles_labels()
-    figure.legend(handles, shown, loc="outside lower center", ncols=4)
+    share = 100 * np.array([leaf["projected"] for _, leaf in pairs])  # [run, leaf]
+    most = np.argsort(-share.max(0), kind="stable")[:15]
+    shown = sorted(index for index in most if share[:, index].any())
+    left, right = figure.subplots(1, 2)
+    for index, (run, leaf) in enumerate(pairs):
+        left.plot(np.array(leaf["cosine"])[kernels], label=run.name, linewidth=1.2, **_look(index))
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^v"[index % 5]}
+        right.plot(share[index, shown], range(len(shown)), linestyle="none", markersize=4, **look)
+    left.set(xlabel="kernel, from first to last layer", ylabel="cosine of g_c and g_a, mean")
+    left.set_ylim(top=1)
+    right.set(xlabel="batches in which GOP projects, %")
+    right.set_yticks(range(len(shown)), [names[index] for index in shown], fontsize="x-small")
+    right.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=4)
     return (
-        "The two gradients of each convolution's (and the last layer's) kernel, mean over batches; "
-        f"{names[kernels[0]]} to {names[kernels[-1]]}, {found[0].setting}."
+        "Clean and adversarial gradient of each kernel, and the leaves that GOP projects most; "
+        f"{max(share[:, kernels].max(), 0):.3g} % of batches is the most for a kernel. "
+        f"{pairs[0][0].setting}."
     )
 
 
