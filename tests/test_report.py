@@ -992,6 +992,29 @@ def test_the_pages_answers_are_those_of_the_committed_records():
     ]
 
 
+def test_the_pages_mechanism_is_that_of_the_committed_records():
+    result = " ".join((DOCS / "experiments.md").read_text().split("## Result")[1].split())
+    measured = [read_run(DOCS / f"agr-small/base-{s}").measurements["mechanism"] for s in range(3)]
+    assert {each["batches"] for each in measured} == {200}
+    for way in ("agr", "clip"):
+        for part in ("clean", "adversarial"):
+            values = sorted(-each["change"][way][part]["mean"] for each in measured)
+            assert f"{values[0]:.2f} to {values[-1]:.2f}" in result
+    leaves = [each["by_leaf"] for each in measured]
+    cosines, shares = (
+        [dict(zip(each["names"], each[quantity], strict=True)) for each in leaves]
+        for quantity in ("cosine", "projected")
+    )
+    for name, layer in (("conv1", "the first convolution"), ("linear", "the last layer")):
+        values = sorted(cosine[f"{name}/kernel"] for cosine in cosines)
+        assert f"{values[0]:.2f} to {values[-1]:.2f} at {layer}" in result
+    projected = [name.split("/") for share in shares for name, value in share.items() if value]
+    assert {block for block, *_ in projected} == {"layer1_0", "layer1_1", "layer2_0"}
+    assert {leaf for *_, leaf in projected} == {"scale", "bias"}
+    most = max(max(share.values()) for share in shares)
+    assert f"at most {100 * most:.1f} % of the batches" in result
+
+
 def test_the_committed_report_is_that_of_the_committed_records(tmp_path):
     kept = DOCS / "agr-small/report/report.md"
     shutil.copytree(DOCS / "agr-small", tmp_path / "runs", ignore=shutil.ignore_patterns("report"))
