@@ -118,11 +118,12 @@ class Classifier:
 
 
 def load_pretrained(name: str, *, conv: Implementation | None = None) -> Classifier:
-    """A small trained network that comes with this package; see `docs/results.md`.
+    """A small trained network that comes with this package; see `docs/experiments.md`.
 
     Args:
-        name: one of `pretrained_names()`: `"cifar10-width16-at"` and `"cifar10-width16-agr"`, the
-            PreAct-ResNet-18 of width 16 whose evaluations lie beside the weights.
+        name: one of `pretrained_names()`: `"cifar10-width16-at"`, `"cifar10-width16-agr"` and
+            `"cifar10-width16-best"`, PreAct-ResNet-18 of width 16 trained on 10,000 images, whose
+            evaluations lie beside the weights.
         conv: as `create`.
 
     Returns:

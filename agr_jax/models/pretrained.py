@@ -51,7 +51,7 @@ def save_pretrained(
         name: of the two files.
         model: whose variables these are; its shapes are checked.
         variables: `{"params": ..., "batch_stats": ...}`.
-        record: `{"model": arguments of agr_jax.models.create, "evaluation": ...}`.
+        record: `{"model": arguments of agr_jax.models.create, "evaluations": [...]}`.
 
     Raises:
         ValueError: if the variables are not the model's.
