@@ -112,6 +112,8 @@ class Contender:
         _, predictions = self.attack.run_standard_evaluation(
             self.images, given, bs=self.batch_size, return_labels=True
         )
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return {"wall": wall, "cpu": cpu, "robust": predictions.eq(given).tolist()}
 

@@ -98,9 +98,10 @@ def verdict(families: _Families, alone: Sequence[RunRecord] = ()) -> Table:
     first = min(families)  # the one base with every fixed tau
     above, reason = _above_the_front(families[first])
     rows.append((f"{first}: AGR above the front of fixed tau", f"{_yes(above)}{reason}"))
-    rows.append(
-        (f"{first}: AGR above the line through fixed tau", _above_the_line(families[first]))
-    )
+    for arm, name in (("agr", "AGR"), ("agr_no_clip", "AGR without clip")):
+        rows.append(
+            (f"{first}: {name} above the line through fixed tau", _above(families[first], arm))
+        )
     answers.append(above)
     works = False if False in answers else None if None in answers else True
     count = f"{len(families)} of {BASES} bases" if len(families) < BASES else "all bases"
@@ -145,15 +146,15 @@ def _fixed(family: Mapping[str, RunRecord], arm: str) -> RunRecord | None:
     return family.get(arm) or (family.get("mean") if arm == "tau_0.5" else None)
 
 
-def _above_the_line(family: Mapping[str, RunRecord]) -> str:
-    """How far AGR's `fast` lies above the line through fixed tau at AGR's clean accuracy.
+def _above(family: Mapping[str, RunRecord], arm: str) -> str:
+    """How far an arm's `fast` lies above the line through fixed tau at its clean accuracy.
 
     Choosing between two networks by chance reaches the line between their points. AT + clip stands
     for tau 1. Behind it, where the records have them, the standard error over the images of `fast`:
     another sample of images, not another training, and clean accuracy taken as exact.
     """
-    agr = family.get("agr")
-    runs = [_fixed(family, arm) for arm in FRONT] + [family.get("clip")]
+    agr = family.get(arm)
+    runs = [_fixed(family, fixed) for fixed in FRONT] + [family.get("clip")]
     if any(_change(run, agr, attack) is None for run in runs for attack in ("clean", "fast")):
         return "not decided"
     *points, (clean, fast, agr_run) = (
@@ -164,7 +165,7 @@ def _above_the_line(family: Mapping[str, RunRecord]) -> str:
     points.sort(key=lambda point: point[:2])
     least, most = points[0][0], points[-1][0]
     if not least <= clean <= most:
-        return f"AGR's clean accuracy, {clean:.2f}, is outside of theirs, {least:.2f} to {most:.2f}"
+        return f"its clean accuracy, {clean:.2f}, is outside of theirs, {least:.2f} to {most:.2f}"
 
     def height(line: tuple[Any, Any]) -> float:
         (x, y, _), (other_x, other_y, _) = line

@@ -249,19 +249,24 @@ def _trade_off(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     places = figure.subplots(
         -(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False
     ).flat
-    for axes, (base, of_base) in zip(places, sorted(panels.items()), strict=False):
+    bases = len({run.base for run in found if run.base})
+    for (base, of_base), axes in zip(sorted(panels.items()), places, strict=False):
         _trade_off_of_base(axes, of_base, arms)
         axes.set_title(base, fontsize="medium")
-        axes.set(xlabel="clean accuracy, %", ylabel="under APGD-CE + targeted APGD, %")
-        axes.label_outer()
+        axes.set(xlabel="clean accuracy, %")
+        axes.margins(x=0.1)
+        if axes.get_subplotspec().is_first_col():
+            axes.set(ylabel="under APGD-CE + targeted APGD, %")
     for axes in places:  # those that the last row has left
         axes.set_axis_off()
     labels = {label: handle for axes in figure.axes for handle, label in _legend(axes)}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3)
-    count = f"{len(panels)} {'base' if len(panels) == 1 else 'bases'}"
+    count = f"{bases} {'base' if bases == 1 else 'bases'}"
+    alone = sorted(run.name for run in found if not run.base)
+    started = f"; {', '.join(alone)} from the start, beside the base of its seed" if alone else ""
     return (
-        f"Clean accuracy against robustness, {setting}; {count}. Further up and to the right is "
-        "better; between two networks of fixed tau, a choice by chance reaches the line."
+        f"Clean accuracy against robustness, {setting}; {count}{started}. Further up and to the "
+        "right is better; between two networks of fixed tau, a choice by chance reaches the line."
     )
 
 
@@ -286,7 +291,9 @@ def _trade_off_of_base(axes: Any, runs: Sequence[RunRecord], arms: Sequence[str]
             axes.annotate(f"{run.config.agr.tau:g}", (x, y), **at)
     for index, arm in enumerate(arms, 1):
         of_arm = [run for run in runs if run.arm == arm]
-        look = {"color": COLOURS[index % len(COLOURS)], "marker": "sD^vP*X"[index % 7], "s": 40}
+        # Smaller and smaller, so that none hides another.
+        size = max(80 - 10 * index, 20)
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": "sD^vP*X"[index % 7], "s": size}
         if of_arm:
             axes.scatter(*points(of_arm), label=of_arm[0].title, zorder=3, **look)
 
@@ -296,6 +303,8 @@ def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found = [run for run in runs if "by_leaf" in run.measurements.get("mechanism", {})]
     if not found:
         return None
+    setting = collections.Counter(run.setting for run in found).most_common(1)[0][0]
+    found = [run for run in found if run.setting == setting]
     leaves = [run.measurements["mechanism"]["by_leaf"] for run in found]
     names = leaves[0]["names"]
     pairs = [(run, leaf) for run, leaf in zip(found, leaves, strict=True) if leaf["names"] == names]
@@ -305,10 +314,12 @@ def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     shown = sorted(index for index in most if share[:, index].any())
     left, right = figure.subplots(1, 2)
     for index, (run, leaf) in enumerate(pairs):
-        left.plot(np.array(leaf["cosine"])[kernels], label=run.name, linewidth=1.2, **_look(index))
         look = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^v"[index % 5]}
-        right.plot(share[index, shown], range(len(shown)), linestyle="none", markersize=4, **look)
-    left.set(xlabel="kernel, from first to last layer", ylabel="cosine of g_c and g_a, mean")
+        cosines = np.array(leaf["cosine"])[kernels]
+        left.plot(cosines, label=run.name, linewidth=1.2, markersize=4, **look)
+        height = np.arange(len(shown)) + 0.15 * (index - (len(pairs) - 1) / 2)  # beside each other
+        right.plot(share[index, shown], height, linestyle="none", markersize=4, **look)
+    left.set(xlabel="kernel, in the order of the parameters", ylabel="cosine of g_c and g_a, mean")
     left.set_ylim(top=1)
     right.set(xlabel="batches in which GOP projects, %")
     right.set_yticks(range(len(shown)), [names[index] for index in shown], fontsize="x-small")
@@ -316,8 +327,8 @@ def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     figure.legend(loc="outside lower center", ncols=4)
     return (
         "Clean and adversarial gradient of each kernel, and the leaves that GOP projects most; "
-        f"{max(share[:, kernels].max(), 0):.3g} % of batches is the most for a kernel. "
-        f"{pairs[0][0].setting}."
+        f"{share[:, kernels].max(initial=0):.3g} % of batches is the most for a kernel. "
+        f"{setting}."
     )
 
 
@@ -326,11 +337,11 @@ def _family(run: RunRecord) -> tuple[str, str, int]:
 
 
 def _costs(figure: Any, runs: Sequence[RunRecord]) -> str | None:
-    # Only what was run alike can be compared: the same data, seed, start and device.
-    alike: dict[tuple[str, ...], dict[str, RunRecord]] = collections.defaultdict(dict)
+    # Only what was run alike can be compared: the same data, seed and device, from a base or not.
+    alike: dict[tuple[Any, ...], dict[str, RunRecord]] = collections.defaultdict(dict)
     for run in sorted(runs, key=lambda run: (run.method, run.arm != "off")):
         if run.metrics and run.arm in ("off", "agr") and not run.config.diagnostics:
-            group = run.setting, str(run.config.seed), run.base, run.device
+            group = run.setting, run.config.seed, bool(run.base), run.device
             alike[group].setdefault(run.title, run)
     if not alike:
         return None

@@ -87,7 +87,7 @@ class RunRecord:
         metrics: one record an epoch.
         attacks: what its last epoch's evaluations found, by the attack's name.
         measurements: contents of `measurements/*.json`, by name.
-        device: that its last epoch was evaluated on, or nothing.
+        device: that its last epoch was evaluated on; nothing if there were several, or none.
     """
 
     name: str
@@ -196,7 +196,7 @@ def read_run(folder: Path) -> RunRecord:
     metrics = read_json_lines(path) if path.is_file() else []
     last = max((record.get("epoch", 0) for record in metrics), default=0)
     attacks: dict[str, Found] = {}
-    device = ""
+    devices = set()
     which = "average" if config.averaging.decay else "last"
     for path in sorted(run_folder.evaluations_path(folder).glob(f"{which}*.json")):
         record = _read_json(path)
@@ -204,7 +204,7 @@ def read_run(folder: Path) -> RunRecord:
             continue
         environment = record.get("environment")
         if isinstance(environment, dict):
-            device = device or str(environment.get("device", ""))
+            devices.add(str(environment.get("device", "")))
         for name, found in record.get("attacks", {}).items():
             new = _found(record, found, path)
             # More images are better than fewer.
@@ -215,6 +215,7 @@ def read_run(folder: Path) -> RunRecord:
         measured = _read_json(path)
         if measured is not None and not _unusable(path.stem, measured, last):
             measurements[path.stem] = measured
+    device = devices.pop() if len(devices) == 1 else ""
     return RunRecord(folder.name, folder, config, metrics, attacks, measurements, device)
 
 
@@ -273,4 +274,12 @@ def _unusable(name: str, values: Mapping[str, Any], epochs: int) -> str | None:
         return f"damaged: without {', '.join(absent)}"
     if values.get("epoch") != epochs:
         return f"of epoch {values.get('epoch')}, while the run has {epochs}: not used"
+    if name == "mechanism" and "by_leaf" in values:  # files of earlier versions have none
+        by_leaf = values["by_leaf"]
+        try:
+            lengths = {len(by_leaf[part]) for part in ("names", "cosine", "projected")}
+        except (KeyError, TypeError):
+            lengths = set()
+        if len(lengths) != 1:
+            return "damaged: by_leaf needs names, cosine and projected of one length"
     return None

@@ -55,12 +55,14 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
         groups[run.setting, run.config.data.name, run.method, run.arm].append(run)
     blocks: list[str | Table] = []
     present = set()
+    seeds = set()
     for setting in sorted({key[0] for key in groups}):
         rows = []
         for (of, data, method, arm), group in sorted(groups.items(), key=_by_method_and_arm):
             attacks = {attack for run in group for attack in run.attacks}
             if of == setting and attacks & set(_measured(columns)) - {"clean"}:
                 rows += [_row(name, data, method, arm, part) for part in _repetitions(group)]
+                seeds.add((setting, frozenset(run.config.seed for run in group)))
                 if _at_the_papers_scale(group[0]):
                     present.add((data, _model_of(group), method, arm))
         if rows:
@@ -86,6 +88,8 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
         f"training at {paper_numbers.MEASURED_TFLOPS:.0f} TFLOP/s, which PreAct-ResNet-18 reached "
         "on one H200 with TF32 products; for other networks that is an assumption."
     )
+    if len(seeds) > len({setting for setting, _ in seeds}):
+        note += " Rows are of different seeds: the paired comparison below is of the same ones."
     blocks.append(note)
     return blocks
 
