@@ -1048,6 +1048,34 @@ def test_the_pages_answers_are_those_of_the_committed_records():
     ]
 
 
+def test_the_pages_counts_are_those_of_the_committed_records():
+    result = " ".join((DOCS / "experiments.md").read_text().split("## Result")[1].split())
+
+    def pairs(first, second):
+        return [
+            mcnemar(*(read_run(DOCS / name).attacks[attack].correct for name in (first, second)))
+            for attack in PAGE_ATTACKS
+        ]
+
+    _, pgd, apgd = (pair.p_value for pair in pairs("agr-small/best-0", "agr-small/at-0"))
+    assert f"(p {pgd:.0e})".replace("e-0", "e-") in result
+    assert f"(p {apgd:.2f}, not resolved)" in result
+    clean, *_ = pairs("agr-small/best-0", "agr-small/agr-0")
+    assert f"p {clean.p_value:.2f})" in result
+    without = [
+        pair.gained + pair.lost for pair in pairs("agr-small/agr_no_gop-0", "agr-small/agr-0")
+    ]
+    assert without[2] == 0
+    assert f"{without[0]} clean images, {without[1]} under PGD-20 and none under APGD" in result
+    devices = [pair.gained + pair.lost for pair in pairs("agr-small/at-1", "agr-small-on-cpu/at-1")]
+    assert "correctly: {}, {} and {})".format(*devices) in result
+    conflicting = [
+        np.mean([epoch["conflicting"] for epoch in read_run(DOCS / f"agr-small/agr-{s}").metrics])
+        for s in range(3)
+    ]
+    assert f"{100 * np.mean(conflicting):.1f} % of the leaves conflict" in result
+
+
 def test_the_pages_mechanism_is_that_of_the_committed_records():
     result = " ".join((DOCS / "experiments.md").read_text().split("## Result")[1].split())
     measured = [read_run(DOCS / f"agr-small/base-{s}").measurements["mechanism"] for s in range(3)]
