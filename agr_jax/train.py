@@ -226,7 +226,7 @@ def _train(
 
         with (
             Progress("training", total, initial=first_step) as progress,
-            _matmul_precision(config),
+            matmul_precision(config.precision.train),
         ):
             for epoch in range(first_step // per_epoch, config.epochs):
                 end = (epoch + 1) * per_epoch
@@ -380,6 +380,7 @@ def _validate(
     }
 
 
-def _matmul_precision(config: Config) -> Any:
+def matmul_precision(name: str) -> Any:
+    """A context in which products have the precision of `config.precision.train`."""
     names = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
-    return jax.default_matmul_precision(names[config.precision.train])
+    return jax.default_matmul_precision(names[name])

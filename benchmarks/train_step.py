@@ -51,6 +51,7 @@ def measure_jax(
     from agr_jax import agr_transform, mesh, methods, models
     from agr_jax.config import from_config_dict
     from agr_jax.data import Augmentation
+    from agr_jax.train import matmul_precision
     from agr_jax.train_step import Trainer
     from configs import base
 
@@ -79,8 +80,7 @@ def measure_jax(
         donate_argnums=0,
         out_shardings=everywhere,
     )
-    products = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
-    with jax.default_matmul_precision(products[precision]):
+    with matmul_precision(precision):
         started = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state))
         first = time.perf_counter() - started

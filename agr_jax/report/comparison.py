@@ -99,9 +99,8 @@ def verdict(families: _Families, alone: Sequence[RunRecord] = ()) -> Table:
     above, reason = _above_the_front(families[first])
     rows.append((f"{first}: AGR above the front of fixed tau", f"{_yes(above)}{reason}"))
     for arm, name in (("agr", "AGR"), ("agr_no_clip", "AGR without clip")):
-        rows.append(
-            (f"{first}: {name} above the line through fixed tau", _above(families[first], arm))
-        )
+        distance = _above_the_line(families[first], arm)
+        rows.append((f"{first}: {name} above the line through fixed tau", distance))
     answers.append(above)
     works = False if False in answers else None if None in answers else True
     count = f"{len(families)} of {BASES} bases" if len(families) < BASES else "all bases"
@@ -146,20 +145,20 @@ def _fixed(family: Mapping[str, RunRecord], arm: str) -> RunRecord | None:
     return family.get(arm) or (family.get("mean") if arm == "tau_0.5" else None)
 
 
-def _above(family: Mapping[str, RunRecord], arm: str) -> str:
+def _above_the_line(family: Mapping[str, RunRecord], arm: str) -> str:
     """How far an arm's `fast` lies above the line through fixed tau at its clean accuracy.
 
     Choosing between two networks by chance reaches the line between their points. AT + clip stands
     for tau 1. Behind it, where the records have them, the standard error over the images of `fast`:
     another sample of images, not another training, and clean accuracy taken as exact.
     """
-    agr = family.get(arm)
+    own = family.get(arm)
     runs = [_fixed(family, fixed) for fixed in FRONT] + [family.get("clip")]
-    if any(_change(run, agr, attack) is None for run in runs for attack in ("clean", "fast")):
+    if any(_change(run, own, attack) is None for run in runs for attack in ("clean", "fast")):
         return "not decided"
-    *points, (clean, fast, agr_run) = (
+    *points, (clean, fast, own) = (
         (100 * run.attacks["clean"].accuracy, 100 * run.attacks["fast"].accuracy, run)
-        for run in (*runs, agr)
+        for run in (*runs, own)
         if run
     )
     points.sort(key=lambda point: point[:2])
@@ -175,7 +174,7 @@ def _above(family: Mapping[str, RunRecord], arm: str) -> str:
     highest = max((each for each in lines if each[0][0] <= clean <= each[1][0]), key=height)
     (x, _, low), (other_x, _, high) = highest
     share = (clean - x) / (other_x - x) if other_x > x else 0.0
-    masks = [run.attacks["fast"].correct for run in (agr_run, low, high)]
+    masks = [run.attacks["fast"].correct for run in (own, low, high)]
     error = _standard_error(masks, (1, share - 1, -share))
     return f"{fast - height(highest):+.2f}{error} points of {named.title('fast')}"
 

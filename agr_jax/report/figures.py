@@ -237,8 +237,7 @@ def _trade_off(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     ]
     if not found:
         return None
-    setting = collections.Counter(run.setting for run in found).most_common(1)[0][0]
-    found = [run for run in found if run.setting == setting]
+    setting, found = _of_one_setting(found)
     arms = sorted({r.arm for r in found if not r.arm.startswith("tau_")}, key=arm_order)
     base_of = {run.config.seed: run.base for run in found if run.base}
     panels: dict[str, list[RunRecord]] = collections.defaultdict(list)
@@ -268,6 +267,12 @@ def _trade_off(figure: Any, runs: Sequence[RunRecord]) -> str | None:
         f"Clean accuracy against robustness, {setting}; {count}{started}. Further up and to the "
         "right is better; between two networks of fixed tau, a choice by chance reaches the line."
     )
+
+
+def _of_one_setting(runs: Sequence[RunRecord]) -> tuple[str, list[RunRecord]]:
+    """The commonest setting, and its runs."""
+    setting = collections.Counter(run.setting for run in runs).most_common(1)[0][0]
+    return setting, [run for run in runs if run.setting == setting]
 
 
 def _legend(axes: Any) -> list[tuple[Any, str]]:
@@ -303,8 +308,7 @@ def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     found = [run for run in runs if "by_leaf" in run.measurements.get("mechanism", {})]
     if not found:
         return None
-    setting = collections.Counter(run.setting for run in found).most_common(1)[0][0]
-    found = [run for run in found if run.setting == setting]
+    setting, found = _of_one_setting(found)
     leaves = [run.measurements["mechanism"]["by_leaf"] for run in found]
     names = leaves[0]["names"]
     pairs = [(run, leaf) for run, leaf in zip(found, leaves, strict=True) if leaf["names"] == names]
@@ -327,8 +331,7 @@ def _layers(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     figure.legend(loc="outside lower center", ncols=4)
     return (
         "Clean and adversarial gradient of each kernel, and the leaves that GOP projects most; "
-        f"{share[:, kernels].max(initial=0):.3g} % of batches is the most for a kernel. "
-        f"{setting}."
+        f"{share[:, kernels].max(initial=0):.3g} % of batches is the most for a kernel. {setting}."
     )
 
 
