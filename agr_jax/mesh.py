@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from agr_jax.errors import ConfigError
@@ -41,15 +42,51 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     Raises:
         ConfigError: if JAX was started over several processes, which runs are not made for.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"JAX runs in {jax.process_count()} processes: a run belongs to one process, with all "
-            "devices of its machine"
-        )
+    _check_one_process()
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
     )
+
+
+def as_data_mesh(on: Mesh | Sequence[jax.Device]) -> Mesh:
+    """The mesh of one axis that this library splits batches over, on a caller's own devices.
+
+    Rows are all that is split here, so of a mesh nothing matters but its devices: names, number
+    and types of its axes may be any.
+
+    Args:
+        on: a `jax.sharding.Mesh`, or a list, tuple or array of devices.
+
+    Returns:
+        A mesh of the axis `"data"` over the same devices in the same order.
+
+    Raises:
+        ConfigError: if `on` is something else (a mesh without devices too), or has no devices or
+            one of them twice; or if JAX was started over several processes.
+
+    Example:
+        >>> import jax
+        >>> as_data_mesh(jax.devices()[:1]).axis_names
+        ('data',)
+    """
+    if isinstance(on, Mesh):
+        on = on.devices
+    takes = "on: must be a jax.sharding.Mesh or a list of devices, as jax.devices()"
+    if not isinstance(on, list | tuple | np.ndarray):
+        got = f"one device, {on}: write [device]" if isinstance(on, jax.Device) else repr(on)
+        raise ConfigError(f"{takes}; got {got}")
+    devices = list(np.asarray(on, dtype=object).ravel())
+    if not devices:
+        raise ConfigError(f"{takes}; got none")
+    for device in devices:
+        if not isinstance(device, jax.Device):
+            raise ConfigError(f"{takes}; got {device!r} among the devices")
+    if len(set(devices)) < len(devices):
+        raise ConfigError(f"on: every device must be there once, got {devices}")
+    _check_one_process()
+    # Not `jax.make_mesh`, which may put the devices in another order.
+    return Mesh(np.array(devices, dtype=object), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -90,4 +127,12 @@ def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
         raise ConfigError(
             f"{field}: {batch_size} images cannot be shared evenly by {mesh.size} devices; "
             f"use a multiple of {mesh.size}"
+        )
+
+
+def _check_one_process() -> None:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"JAX runs in {jax.process_count()} processes: a run belongs to one process, with all "
+            "devices of its machine"
         )

@@ -16,6 +16,7 @@ import pytest
 from agr_jax import agr_transform, mesh, models
 from agr_jax.attacks import pgd
 from agr_jax.data import Augmentation
+from agr_jax.errors import ConfigError
 from agr_jax.methods import AdversarialTraining, Batch
 from agr_jax.threat import Linf
 from agr_jax.train_step import Trainer
@@ -139,3 +140,60 @@ def test_agr_that_never_starts_equals_none_bit_for_bit(initial, three_steps, bas
     assert same_bits(three_steps(TOO_LATE, clean_gradient=False), baseline)
     assert not same_bits(initial, baseline)
     assert int(baseline.step) == 3
+
+
+# ---- a caller's own mesh
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def own_mesh(shape, names, kind, order=(2, 0, 3, 1)):
+    devices = np.array([jax.devices()[i] for i in order], dtype=object)[: np.prod(shape)]
+    return jax.sharding.Mesh(devices.reshape(shape), names, axis_types=(kind,) * len(names))
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [((4,), ("data",)), ((3,), ("batch",)), ((2, 2), ("data", "model")), ((1, 2, 1), "abc")],
+)
+def test_any_mesh_is_taken_for_its_devices(shape, names, kind):
+    given = own_mesh(shape, tuple(names), kind)
+    made = mesh.as_data_mesh(given)
+    assert (made.axis_names, made.axis_types) == (("data",), (AUTO,))
+    assert made.devices.tolist() == given.devices.ravel().tolist()
+    rows = np.arange(24, dtype=np.float32).reshape(12, 2)
+    double = mesh.apart(lambda x: 2 * x, made, [mesh.ROWS])
+    doubled = jax.jit(double)(jax.device_put(rows, mesh.batch_sharding(made)))
+    np.testing.assert_array_equal(doubled, 2 * rows)
+    shards = sorted(doubled.addressable_shards, key=lambda shard: shard.index[0].start)
+    assert [shard.device for shard in shards] == made.devices.tolist()
+
+
+def test_a_sequence_of_devices_is_a_mesh():
+    two = jax.devices()[3:1:-1]
+    for on in (two, tuple(two), np.array(two, dtype=object)):
+        assert mesh.as_data_mesh(on).devices.tolist() == two
+    ours = mesh.data_mesh()
+    assert mesh.as_data_mesh(ours) == ours
+    assert mesh.as_data_mesh(jax.devices()) == ours
+
+
+@pytest.mark.parametrize(
+    ("on", "part"),
+    [
+        (None, "got None"),
+        (4, "got 4"),
+        ("cpu", "got 'cpu'"),
+        ([], "got none"),
+        ([0, 1], "got 0 among the devices"),
+        (lambda: jax.devices()[0], "write \\[device\\]"),
+        (lambda: jax.devices()[:1] * 2, "every device must be there once"),
+        (lambda: jax.sharding.AbstractMesh((1,), ("data",)), "got AbstractMesh"),
+        (lambda: mesh.batch_sharding(mesh.data_mesh()), "got NamedSharding"),
+        (lambda: set(jax.devices()), "must be a jax.sharding.Mesh or a list of devices"),
+    ],
+)
+def test_what_is_no_mesh_is_refused(on, part):
+    with pytest.raises(ConfigError, match=f"^on: .*{part}"):
+        mesh.as_data_mesh(on() if callable(on) else on)
