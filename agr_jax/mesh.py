@@ -70,13 +70,12 @@ def as_data_mesh(on: Mesh | Sequence[jax.Device]) -> Mesh:
         >>> as_data_mesh(jax.devices()[:1]).axis_names
         ('data',)
     """
-    if isinstance(on, Mesh):
-        on = on.devices
+    given = on.devices if isinstance(on, Mesh) else on
     takes = "on: must be a jax.sharding.Mesh or a list of devices, as jax.devices()"
-    if not isinstance(on, list | tuple | np.ndarray):
+    if not isinstance(given, list | tuple | np.ndarray):
         got = f"one device, {on}: write [device]" if isinstance(on, jax.Device) else repr(on)
         raise ConfigError(f"{takes}; got {got}")
-    devices = list(np.asarray(on, dtype=object).ravel())
+    devices = list(np.asarray(given, dtype=object).ravel())
     if not devices:
         raise ConfigError(f"{takes}; got none")
     for device in devices:
