@@ -18,6 +18,7 @@ from agr_jax.config import Config
 from agr_jax.data import Dataset
 from agr_jax.errors import ConfigError
 from agr_jax.models import Classifier
+from agr_jax.models.layers import per_channel
 
 
 def from_config(config: Config, num_classes: int, dtype: Any = jnp.float32) -> nn.Module:
@@ -31,18 +32,23 @@ def from_config(config: Config, num_classes: int, dtype: Any = jnp.float32) -> n
         dtype: of the computation.
 
     Raises:
-        ConfigError: on an unknown name, or if the function returns no Linen module.
+        ConfigError: on an unknown name, on a mean or std that is not one of images in [0, 1], or if
+            the function returns no Linen module.
     """
     model = config.model
     if ":" in model.name:
         return _own(config, num_classes, dtype)
     try:
+        mean, std = per_channel("mean", model.mean), per_channel("std", model.std)
+    except ValueError as error:
+        raise ConfigError(f"config.model.{error}") from error
+    try:
         return models.create(
             model.name,
             num_classes,
             width=model.width or None,
-            mean=model.mean,
-            std=model.std,
+            mean=mean,
+            std=std,
             conv=None if model.conv == "auto" else model.conv,
             dtype=dtype,
         )

@@ -282,6 +282,31 @@ def test_normalize_checks_the_channels():
         normalize(IMAGES, (0.1,), (1.0,) * 4, jnp.float32)
 
 
+def test_a_number_is_the_normalisation_of_all_channels(small):
+    model = models.create("wrn10_1", 10, mean=0.5, std=np.float64(0.25))
+    assert model == models.create("wrn10_1", 10, mean=[0.5], std=(0.25,))
+    as_number = normalize(IMAGES, 0.5, 0.25, jnp.float32)
+    np.testing.assert_array_equal(as_number, normalize(IMAGES, (0.5,), (0.25,), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": (125.3, 123.0, 113.9)}, "^mean must be at least 0 .* divide by 255"),
+        ({"std": 63}, "^std must be above 0 and at most 1, .* divide by 255"),
+        ({"std": (0.2, 0, 0.2)}, r"^std must be above 0 .* got \(0.2, 0.0, 0.2\)$"),
+        ({"mean": (0.1, float("nan"), 0.1)}, "^mean must be at least 0"),
+        ({"mean": "0.5"}, "^mean must be a number, or one for each channel, got '0.5'"),
+        ({"mean": None}, "^mean must be a number, or one for each channel, got None"),
+    ],
+)
+def test_normalisations_that_are_none_of_images(settings, message):
+    with pytest.raises(ValueError, match=message):
+        models.create("wrn10_1", 10, **settings)
+    with pytest.raises(ValueError, match=message):
+        normalize(IMAGES, **{"mean": 0.5, "std": 0.5, **settings}, dtype=jnp.float32)
+
+
 def test_linear():
     layer = Linear(3)
     variables = layer.init(jax.random.key(0), jnp.ones([1, 4]))

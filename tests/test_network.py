@@ -123,3 +123,10 @@ def test_what_is_no_network_is_refused(name, message):
 def test_what_cannot_be_trained_is_refused(model, message):
     with pytest.raises(ConfigError, match=rf"config\.model\.name: .*{message}"):
         network.check(model, 10, (8, 8, 1))
+
+
+def test_standard_deviations_of_other_pixels_are_refused():
+    values = base.recipe("digits", "at", "paper")
+    values.model.std = (63.0, 62.1, 66.7)
+    with pytest.raises(ConfigError, match=r"^config\.model\.std must be above 0 .* divide by 255"):
+        network.from_config(from_config_dict(values), 10)

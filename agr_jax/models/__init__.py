@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from agr_jax.models.convolution import Implementation, default_implementation
+from agr_jax.models.layers import per_channel
 from agr_jax.models.preact_resnet import PreActResNet
 from agr_jax.models.pretrained import pretrained_names, read_pretrained
 from agr_jax.models.wide_resnet import WideResNet
@@ -46,8 +47,8 @@ def create(
     num_classes: int,
     *,
     width: int | None = None,
-    mean: tuple[float, ...] = (0.0,),
-    std: tuple[float, ...] = (1.0,),
+    mean: float | Sequence[float] = (0.0,),
+    std: float | Sequence[float] = (1.0,),
     conv: Implementation | None = None,
     axis_name: str | None = None,
     dtype: Any = jnp.float32,
@@ -62,8 +63,8 @@ def create(
         num_classes: number of logits.
         width: channels of the first convolution; by default the published 64 (PreAct-ResNet) or 16
             (WideResNet). Smaller for small machines.
-        mean: input mean per channel, for images in [0, 1].
-        std: input standard deviation per channel.
+        mean: input mean per channel, or one number for all, for images in [0, 1]: at most 1.
+        std: input standard deviation likewise, above 0 and at most 1.
         conv: `"canonical"` or `"plain"`, see `agr_jax.models.convolution`; by default the faster
             one on this backend.
         axis_name: mapped axis over which BatchNorm averages, under `pmap` and `shard_map`.
@@ -71,12 +72,12 @@ def create(
         param_dtype: dtype of the parameters.
 
     Raises:
-        ValueError: on an unknown name.
+        ValueError: on an unknown name, or a mean or std that is not one of images in [0, 1].
     """
     settings: dict[str, Any] = {
         "num_classes": num_classes,
-        "mean": tuple(mean),
-        "std": tuple(std),
+        "mean": per_channel("mean", mean),
+        "std": per_channel("std", std),
         "conv": conv or default_implementation(),
         "axis_name": axis_name,
         "dtype": dtype,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn.initializers import Initializer
 
@@ -152,15 +154,49 @@ class Linear(nn.Module):
         return product + bias.astype(self.dtype)[None, :]
 
 
+def per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """A mean or standard deviation of images in [0, 1], one number for each channel or for all.
+
+    Args:
+        name: `"mean"` or `"std"`, for the error.
+        values: a number, or a sequence of numbers.
+
+    Raises:
+        ValueError: if it is neither, or if a mean is not in [0, 1] or a standard deviation not
+            above 0 and at most 1, as those of pixels in 0..255 are not.
+    """
+    numbers = as_numbers(name, values)
+    least = "above 0" if name == "std" else "at least 0"
+    if not all(0 <= number <= 1 for number in numbers) or (name == "std" and 0 in numbers):
+        pixels = "; divide by 255 what is meant for pixels in 0..255" if max(numbers) > 1 else ""
+        raise ValueError(
+            f"{name} must be {least} and at most 1, as images are in [0, 1], got {numbers}{pixels}"
+        )
+    return numbers
+
+
+def as_numbers(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """The first part of `per_channel`: numbers, of whatever size."""
+    array = np.asarray(values)
+    if array.ndim > 1 or array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be a number, or one for each channel, got {values!r}")
+    return tuple(map(float, array.ravel().tolist()))
+
+
 def normalize(
-    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
+    images: jax.Array,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    dtype: Any,
 ) -> jax.Array:
     """Scales images `[batch, height, width, channels]` in [0, 1] to `(images - mean) / std`.
 
     Raises:
-        ValueError: if mean and std have neither one entry nor one for each channel.
+        ValueError: if mean and std have neither one entry nor one for each channel, or are not
+            those of images in [0, 1], see `per_channel`.
     """
     channels = images.shape[-1]
+    mean, std = per_channel("mean", mean), per_channel("std", std)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise ValueError(f"{name} has {len(values)} entries for images of {channels} channels")
