@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -36,12 +36,14 @@ import numpy as np
 from agr_jax import models, torch_names, weight_files
 from agr_jax.errors import CheckpointError
 from agr_jax.models.convolution import Implementation
+from agr_jax.models.layers import as_numbers, per_channel
 from agr_jax.torch_names import NAMES_SHOWN, listed
 from agr_jax.weight_files import About
 
 _LAYOUTS = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours to PyTorch's, by the number of axes
 # What RobustBench's networks and its ImageNormalizer call the buffers of their normalisation.
 _MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
+_DING2020MMA = ("wrn28_4", 16)  # name and width
 _UNUSED = "sub_block1."  # TRADES' WideResNet has this stage, and no forward pass goes through it
 
 
@@ -49,8 +51,9 @@ def load_torch_weights(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    normalisation: Literal["fixed", "per_image"] | None = None,
     conv: Implementation | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
@@ -64,22 +67,30 @@ def load_torch_weights(
     `sub_block1`, a stage of TRADES' WideResNet that no image goes through. The last layer of a
     WideResNet may be called `linear` (the AGR code) instead of `fc`.
 
-    Two networks with the same names and shapes cannot be told apart. RobustBench's PreActResNet
-    with `out_shortcut=False` is one: it needs another forward pass than this library's. The names
-    of Gowal et al. are taken for SiLU (`activation_fn=Swish` or `nn.SiLU`, as all such networks of
-    RobustBench for CIFAR have it) without `padding=`.
+    Two networks with the same names and shapes cannot be told apart. Of what RobustBench evaluates
+    that is Ding2020MMA, a WideResNet-28-4 that standardises each image by its own mean and standard
+    deviation: no network here does, so that a file of this size that says nothing of itself needs
+    `normalisation="fixed"`. Its class PreActResNet can also be made with `PreActBlock`,
+    `bn_before_fc=True` and `out_shortcut=False`, another forward pass than this library's. The
+    names of Gowal et al. are taken for SiLU (`activation_fn=Swish` or `nn.SiLU`, as all such
+    networks of RobustBench for CIFAR have it) without `padding=`.
 
     Args:
         path: a `.safetensors` or `.npz` file. Convolutions `[out, in, k, k]`, linear layers
-            `[out, in]`, statistics `running_mean` and `running_var`, in float16, float32 or
-            float64.
+            `[out, in]`, statistics `running_mean` and `running_var`, in float16, float32, float64
+            or (safetensors only) bfloat16.
         name: `"preactresnet18"` or `"wrn<depth>_<widen factor>"`, or one of them with `"_silu"` at
             its end, for files that must hold this network and no other.
         mean: input mean per channel (or one for all), for images in [0, 1], subtracted inside the
             network. Required where the file does not say it, as most that PyTorch wrote; where it
             does, in its metadata or in buffers `mean` and `std` (or `mu` and `sigma`, as the
-            `state_dict()` of some networks that RobustBench has loaded), the two must be equal.
-        std: input standard deviation, as `mean`.
+            `state_dict()` of some networks that RobustBench has loaded), the two must be equal. A
+            network that computes `2 * x - 1` has a mean and std of 0.5.
+        std: input standard deviation, as `mean`; at most 1.
+        normalisation: `"fixed"` says that the network subtracts `mean` and divides by `std`, the
+            same for all images. Required for a WideResNet-28-4 whose file does not say how it
+            normalises. `"per_image"`, for one that standardises each image by its own statistics,
+            is refused.
         conv: see `models.create`.
         dtype: dtype of the computation.
         param_dtype: dtype that the tensors are converted to.
@@ -91,8 +102,8 @@ def load_torch_weights(
     Raises:
         CheckpointError: if the file is missing, damaged, pickled or of an unknown kind; if tensors
             are missing, unexpected, of wrong shapes, not finite or not floating point; if they
-            are not those of `name`; or if the normalisation is unknown, contradictory or not one
-            for these channels.
+            are not those of `name`; or if the normalisation is unknown, contradictory, not one for
+            these channels, or not one of images in [0, 1].
 
     Example:
         >>> classifier = load_torch_weights("wrn34_10.safetensors", mean=(0,), std=(1,))
@@ -128,6 +139,7 @@ def load_torch_weights(
         found = {tensor: value.astype(param_dtype, copy=False) for tensor, value in found.items()}
     _check_finite(path, found)
     known = buffers if about is None else (about.mean, about.std)
+    _check_fixed(path, normalisation, inferred, width, says_it=known is not None)
     mean, std = _normalisation(path, known, mean, std, channels)
 
     def ours(leaf_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -252,22 +264,48 @@ def _without_normalisation(
     return rest, (mean, std)
 
 
+def _check_fixed(
+    path: Path, normalisation: str | None, name: str, width: int, *, says_it: bool
+) -> None:
+    """Refuses networks that standardise each image, and what may be one of them."""
+    if normalisation not in (None, "fixed", "per_image"):
+        raise CheckpointError(
+            f"{path}: normalisation must be 'fixed', 'per_image' or None, got {normalisation!r}"
+        )
+    if normalisation == "per_image":
+        raise CheckpointError(
+            f"{path}: normalisation='per_image': no network here standardises each image by its "
+            "own mean and standard deviation"
+        )
+    if normalisation is None and (name, width) == _DING2020MMA and not says_it:
+        raise CheckpointError(
+            f"{path}: RobustBench's Ding2020MMA has the tensors of this WideResNet-28-4 and "
+            "standardises each image by its own mean and standard deviation, which no network "
+            "here does; if this file is another network, pass normalisation='fixed', mean= and "
+            "std="
+        )
+
+
 def _normalisation(
     path: Path,
     known: tuple[tuple[float, ...], tuple[float, ...]] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
     channels: int,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std, from the file or from the caller, checked."""
     agreed = []
     for index, (name, given) in enumerate((("mean", mean), ("std", std))):
-        values = None if given is None else tuple(float(value) for value in given)
+        try:
+            values = None if given is None else as_numbers(name, given)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         said = None if known is None else known[index]
         if said is None and values is None:
             raise CheckpointError(
                 f"{path}: normalisation does not travel in this file; pass mean= and std=, e.g. "
-                f"{(0,) * channels}, {(1,) * channels} if the network normalises nothing"
+                f"{(0,) * channels}, {(1,) * channels} if the network normalises nothing, or 0.5 "
+                "and 0.5 if it computes 2 * x - 1"
             )
         if said and values and not _equal(values, said):
             raise CheckpointError(
@@ -281,7 +319,10 @@ def _normalisation(
             raise CheckpointError(
                 f"{path}: {name} must be 1 or {channels} numbers, {positive}finite, got {values}"
             )
-        agreed.append(values)
+        try:
+            agreed.append(per_channel(name, values))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     return agreed[0], agreed[1]
 
 

@@ -23,7 +23,8 @@ COUNTER = "num_batches_tracked"
 """PyTorch's count of BatchNorm's batches, an integer, which is written and never read."""
 
 _SAFETENSORS_KEY, _NPZ_KEY = "agr_jax", "__metadata__"
-_SAFETENSORS_FLOATS = ("F16", "F32", "F64")  # those that NumPy has too
+# NumPy's, and bfloat16, which it knows of since JAX is imported.
+_SAFETENSORS_FLOATS = ("BF16", "F16", "F32", "F64")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
 
 
@@ -156,8 +157,10 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str | bytes | None]:
         # Members that are no arrays, as in a renamed .pt file, come as bytes.
         dtype = getattr(value, "dtype", "not an array")
         if dtype not in (np.float16, np.float32, np.float64):
+            # NumPy writes bfloat16 as two bytes without a name.
+            kept = "; npz does not keep bfloat16: save it as safetensors" if dtype == "V2" else ""
             raise CheckpointError(
-                f"{path}: {tensor!r} is {dtype}, expected float16, float32 or float64"
+                f"{path}: {tensor!r} is {dtype}, expected float16, float32 or float64{kept}"
             )
     return tensors, None if metadata is None else bytes(metadata)
 

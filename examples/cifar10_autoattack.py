@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", help="safetensors or npz; by default cifar10-width16-at")
     parser.add_argument("--mean", type=float, nargs="+", help="where the file does not say it")
     parser.add_argument("--std", type=float, nargs="+")
+    parser.add_argument("--normalisation", choices=["fixed"], help="where the loader asks for it")
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--epsilon", type=float, default=8 / 255)
     parser.add_argument("--version", default="standard", help="or fast, which is not AutoAttack")
@@ -30,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     if options.weights:
-        classifier = interop.load_torch_weights(options.weights, mean=options.mean, std=options.std)
+        classifier = interop.load_torch_weights(
+            options.weights, mean=options.mean, std=options.std, normalisation=options.normalisation
+        )
     else:
         classifier = models.load_pretrained("cifar10-width16-at")
     test = load_dataset("cifar10", may_download=True, use_cache=True).test

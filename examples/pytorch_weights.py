@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("path", nargs="?", help="by default a random network is saved first")
     parser.add_argument("--mean", nargs="+", type=float, help="where the file does not say it")
     parser.add_argument("--std", nargs="+", type=float, help="as --mean")
+    parser.add_argument("--normalisation", choices=["fixed"], help="where the loader asks for it")
     options = parser.parse_args(arguments)
     if options.path is None:
         options.path = tempfile.mkdtemp() + "/weights.npz"
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros([1, 32, 32, 3]))
         interop.save_torch_weights(options.path, model, variables)
 
-    classifier = interop.load_torch_weights(options.path, mean=options.mean, std=options.std)
+    classifier = interop.load_torch_weights(
+        options.path, mean=options.mean, std=options.std, normalisation=options.normalisation
+    )
     images = jax.random.uniform(jax.random.key(1), (8, 32, 32, 3))
     labels = classifier(images).argmax(-1)
     adversarial = pgd(Linf(8 / 255), steps=20)(classifier, images, labels, jax.random.key(2))

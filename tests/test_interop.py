@@ -296,6 +296,93 @@ def test_other_floating_dtypes(wide, dtype, suffix, tmp_path):
     np.testing.assert_array_equal(variables["params"]["conv1"]["kernel"], expected)
 
 
+def test_bfloat16_has_equal_values(wide, tmp_path):
+    tensors = {name: value.astype(jnp.bfloat16) for name, value in wide.items()}
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(safetensors.numpy.save(tensors))  # what NumPy itself has no dtype for
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    got = load_torch_weights(path, **PLAIN).variables
+    model, _ = network("wrn10_1")
+    for name, leaf in torch_names.by_tensor_name(got, "wrn10_1").items():
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(interop._to_torch(leaf), tensors[name].astype(np.float32))
+    as_saved = load_torch_weights(path, param_dtype=jnp.bfloat16, **PLAIN)
+    assert_same(as_saved.variables, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), got))
+    assert_close(
+        jax.jit(model.clone(mean=(0.0,), std=(1.0,)).apply)(got, IMAGES),
+        jax.jit(lambda c, x: c(x))(load_torch_weights(path, mean=0, std=1), IMAGES),
+    )
+    npz = write(tmp_path / "weights.npz", tensors)
+    refused(npz, "is |V2, expected float16", "npz does not keep bfloat16: save it as", **PLAIN)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.array, jnp.float32])
+def test_a_number_is_the_normalisation_of_all_channels(wide, kind, tmp_path):
+    path = write(tmp_path / "weights.npz", wide)
+    model = load_torch_weights(path, mean=kind(0.5), std=kind(0.25)).model
+    assert (model.mean, model.std) == ((0.5,), (0.25,))
+    assert load_torch_weights(path, mean=0, std=1).model.std == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "part"),
+    [
+        ((125.3, 123.0, 113.9), (0.2, 0.2, 0.2), "mean must be at least 0 and at most 1"),
+        (MEAN, (63.0, 62.1, 66.7), "std must be above 0 and at most 1, as images are in [0, 1]"),
+        (127.5, 127.5, "got (127.5,); divide by 255 what is meant for pixels in 0..255"),
+        ((0.1, -0.1, 0.1), STD, "mean must be at least 0 and at most 1"),
+        ("0.5", STD, "mean must be a number, or one for each channel, got '0.5'"),
+        ([MEAN], STD, "mean must be a number, or one for each channel, got [("),
+        (MEAN, True, "std must be a number, or one for each channel, got True"),
+    ],
+)
+def test_normalisations_that_are_none_of_images(wide, mean, std, part, tmp_path):
+    refused(write(tmp_path / "weights.npz", wide), part, mean=mean, std=std)
+    own = {"mu": np.full(3, 125.3, np.float32), "sigma": np.full(3, 63, np.float32)}
+    path = write(tmp_path / "own.npz", {**wide, **own})
+    refused(path, "mean must be at least 0 and at most 1", "divide by 255")
+
+
+@pytest.fixture(scope="module")
+def wrn28_4():
+    """The tensors of RobustBench's Ding2020MMA, in names and shapes."""
+    model = models.create("wrn28_4", 10)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return written(model, jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_may_standardise_each_image_needs_a_word(wrn28_4, prefix, tmp_path):
+    named = {prefix + name: value for name, value in wrn28_4.items()}
+    path = write(tmp_path / "weights.safetensors", named)
+    for options in ({}, PLAIN, {"name": "wrn28_4", **PLAIN}):
+        refused(
+            path,
+            "RobustBench's Ding2020MMA has the tensors of this WideResNet-28-4",
+            "standardises each image by its own mean and standard deviation",
+            "pass normalisation='fixed', mean= and std=",
+            **options,
+        )
+    refused(path, "no network here standardises each image", normalisation="per_image", **PLAIN)
+    refused(path, "must be 'fixed', 'per_image' or None", normalisation="none", **PLAIN)
+    refused(path, "normalisation does not travel", normalisation="fixed")
+    classifier = load_torch_weights(path, normalisation="fixed", **PLAIN)
+    assert classifier.model == models.create("wrn28_4", 10, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def test_files_that_say_how_they_normalise_need_no_word(wrn28_4, wide, tmp_path):
+    buffers = {"mu": np.float32(MEAN), "sigma": np.float32(STD)}
+    loaded = load_torch_weights(write(tmp_path / "buffers.npz", {**wrn28_4, **buffers}))
+    save_torch_weights(tmp_path / "own.npz", loaded.model, loaded.variables)
+    assert load_torch_weights(tmp_path / "own.npz").model == loaded.model
+    refused(tmp_path / "own.npz", "no network here", normalisation="per_image")
+    path = write(tmp_path / "other_size.npz", wide)
+    assert load_torch_weights(path, normalisation="fixed", mean=0.5, std=0.5).model.mean == (0.5,)
+    refused(path, "or 0.5 and 0.5 if it computes 2 * x - 1")
+
+
 # ---- errors on reading
 
 
@@ -378,7 +465,7 @@ def test_dtypes_that_are_not_floating_point(wide, tmp_path):
     path = write(tmp_path / "weights.npz", {**wide, "fc.bias": np.ones(10, np.int8)})
     refused(path, "'fc.bias' is int8, expected float16, float32 or float64", **PLAIN)
     path = write(tmp_path / "weights.safetensors", {**wide, "fc.bias": np.ones(10, np.int8)})
-    refused(path, "'fc.bias' is I8, expected one of F16, F32, F64", "value.float()", **PLAIN)
+    refused(path, "'fc.bias' is I8, expected one of BF16, F16, F32, F64", "value.float()", **PLAIN)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -721,14 +808,15 @@ def test_the_lines_of_the_error_convert_a_pickle(trained, tmp_path):
     assert_close(jax.jit(lambda c, x: c(x))(classifier, IMAGES), expected)
 
 
-def test_bfloat16_of_pytorch_is_refused_by_name(tmp_path):
+def test_bfloat16_of_pytorch(tmp_path):
     torch = pytest.importorskip("torch")
     import safetensors.torch
 
     path = tmp_path / "weights.safetensors"
-    state = torch_network(torch, "wrn10_1", 8, 10).bfloat16().state_dict()
-    safetensors.torch.save_file(state, path)
-    refused(path, "is BF16, expected one of F16, F32, F64; in PyTorch, save value.float()")
+    net = torch_network(torch, "wrn10_1", 8, 10).bfloat16()
+    safetensors.torch.save_file(net.state_dict(), path)
+    classifier = load_torch_weights(path, mean=MEAN, std=STD)
+    assert_close(jax.jit(lambda c, x: c(x))(classifier, IMAGES), torch_logits(torch, net))
 
 
 # ---- what a user copies
