@@ -23,11 +23,13 @@ and Adversarial Gradient Directions", ACM MM 2024, section 3.4 and algorithm 1.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agr_jax.combination import Clip, CombinationRule, Granularity, Interpolation
@@ -52,8 +54,8 @@ class AGRState(NamedTuple):
 
     The diagnostics are float32 vectors with one entry per leaf, in the order of `leaf_names`
     (with `granularity="global"` every entry is that of the whole tree), and NaN where no clean
-    gradient was given. Read one from a whole optimiser state with
-    `optax.tree.get(opt_state, "cosine")`.
+    gradient was given (infinity under `jax_debug_nans`, which lets no NaN out of `jit`). Read one
+    from a whole optimiser state with `optax.tree.get(opt_state, "cosine")`.
 
     Attributes:
         step: int32 scalar, the number of updates made.
@@ -137,8 +139,13 @@ def agr_transform(
         `optax.contrib.mechanize`, which around AGR would tune itself on the adversarial gradient.
 
     With `clean_grads=`, `optax.masked` and `optax.partition` need
-    `mask_compatible_extra_args=True`; `optax.inject_hyperparams(agr_transform)` needs the starts,
-    the clip norm and what is no number in its `static_args`. Without these they raise an error.
+    `mask_compatible_extra_args=True`; without it they raise an error. A keyword that AGR does not
+    know, such as a misspelt `clean_grads`, is ignored, as optax wants it: the diagnostics are NaN.
+
+    The numbers among the arguments may be schedules inside
+    `optax.inject_hyperparams(agr_transform)(clip_norm=schedule)`. A clip norm that becomes negative
+    there makes the clipped leaves NaN. Complex parameters need
+    `optax.contrib.split_real_and_imaginary` and a `GradientPair`.
 
     Args:
         gop_start: step (counted from 0) from which GOP acts; `None` for never.
@@ -159,7 +166,9 @@ def agr_transform(
         for `clip="all"`), advances the step and records NaN diagnostics.
 
     Raises:
-        ValueError: if an argument is out of range, or the two gradients differ in structure.
+        ValueError: if an argument is out of range or a schedule, or the two gradients differ in
+            structure.
+        TypeError: from `init` and `update`, if a leaf is complex.
     """
     rule = CombinationRule(
         gop_start=gop_start,
@@ -175,6 +184,7 @@ def agr_transform(
     def init(params: PyTree) -> AGRState:
         if isinstance(params, GradientPair):
             params = params.adversarial
+        _check_real(params)
         return AGRState(jnp.zeros([], jnp.int32), *_unknown(len(jax.tree.leaves(params))))
 
     def update(
@@ -192,6 +202,7 @@ def agr_transform(
                     "agr_transform got a GradientPair and clean_grads: give the clean gradient once"
                 )
             clean_grads, updates = updates
+        _check_real(updates)
         adversarial, structure = jax.tree.flatten(updates)
         next_step = optax.safe_increment(state.step)
 
@@ -200,6 +211,7 @@ def agr_transform(
             next_state = AGRState(next_step, *_unknown(len(adversarial)))
         else:
             _check_pair(updates, clean_grads)
+            _check_real(clean_grads)
             flat, measured = rule.combine(adversarial, jax.tree.leaves(clean_grads), state.step)
             # One entry for each leaf of a group, so that both granularities share one state.
             vectors = (jnp.broadcast_to(m.astype(jnp.float32), len(adversarial)) for m in measured)
@@ -232,15 +244,17 @@ def from_gradient_pair(
         parameters or, as `MultiSteps` wants it, a pair of them.
 
     Raises:
-        TypeError: if the transformation takes no extra arguments, so that it would lose the clean
-            gradient; and from `update`, if what flows in is not a `GradientPair`.
+        TypeError: if the update of the transformation takes no `clean_grads`, so that the clean
+            gradient would be lost; and from `update`, if what flows in is not a `GradientPair`.
     """
     inner = transformation
     if not isinstance(inner, optax.GradientTransformationExtraArgs):
         raise TypeError(
-            f"{type(inner).__name__} takes no clean gradient and would drop it: put "
-            "from_gradient_pair around the chain with AGR, and the other wrapper around that"
+            f"{type(inner).__name__} takes no clean gradient and would drop it: {_INSIDE}"
         )
+    if not _takes_clean_grads(inner.update):
+        name = getattr(inner.update, "__qualname__", repr(inner.update)).partition(".")[0]
+        raise TypeError(f"{name} takes no clean gradient, its update no clean_grads: {_INSIDE}")
 
     def init(params: PyTree) -> optax.OptState:
         return inner.init(params.adversarial if isinstance(params, GradientPair) else params)
@@ -321,9 +335,36 @@ def leaf_names(params: PyTree) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
 
 
+_INSIDE = (
+    "put from_gradient_pair around the chain with AGR, and the other wrapper around that "
+    "(docs/optax.md has optax.contrib.sam)"
+)
+
+
+def _takes_clean_grads(update: Callable[..., Any]) -> bool:
+    """Whether a call with `clean_grads=` is possible, as far as its signature says."""
+    parameters = inspect.signature(update).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return "clean_grads" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def _unknown(count: int) -> list[jax.Array]:
+    # `jax_debug_nans` stops at every NaN that a program returns, whatever it means.
+    debugged = jax.config.jax_debug_nans  # type: ignore[attr-defined]
+    mark = jnp.inf if debugged else jnp.nan
     # Four arrays, not one four times: a state that is donated to a step may not share buffers.
-    return [jnp.full([count], jnp.nan, jnp.float32) for _ in range(4)]
+    return [jnp.full([count], mark, jnp.float32) for _ in range(4)]
+
+
+def _check_real(tree: PyTree) -> None:
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        if jax.dtypes.issubdtype(dtype, np.complexfloating):
+            raise TypeError(
+                f"agr_transform: leaf {name!r} is complex ({dtype}); put "
+                "optax.contrib.split_real_and_imaginary around the chain with agr_transform and "
+                "give it a GradientPair"
+            )
 
 
 def _check_pair(adversarial: PyTree, clean: PyTree) -> None:

@@ -36,9 +36,15 @@ class CombinationRule:
     granularity: Granularity
 
     def __post_init__(self) -> None:
+        for name in ("gop_start", "gics_start", "clip_start", "interpolation", "clip_norm"):
+            if callable(getattr(self, name)):
+                raise ValueError(
+                    f"agr_transform takes no schedule as {name}: write "
+                    f"optax.inject_hyperparams(agr_transform)({name}=schedule)"
+                )
         for name in ("gop_start", "gics_start", "clip_start"):
             start = getattr(self, name)
-            if start is not None and start < 0:
+            if start is not None and not _is_traced(start) and start < 0:
                 raise ValueError(f"{name} must be a step >= 0 or None, got {start}")
         if isinstance(self.interpolation, str):
             if self.interpolation not in ("cosine", "mean"):
@@ -46,9 +52,9 @@ class CombinationRule:
                     "interpolation must be 'cosine', 'mean' or a number tau in [0, 1], "
                     f"got {self.interpolation!r}"
                 )
-        elif not 0 <= self.interpolation <= 1:
+        elif not _is_traced(self.interpolation) and not 0 <= self.interpolation <= 1:
             raise ValueError(f"interpolation as tau must lie in [0, 1], got {self.interpolation}")
-        if self.interpolate_negative and self.interpolation == "cosine":
+        if self.interpolate_negative and self._by_cosine:
             raise ValueError(
                 "interpolate_negative needs interpolation='mean' or a tau: "
                 "a negative cosine is no interpolation weight"
@@ -57,7 +63,10 @@ class CombinationRule:
             raise ValueError(
                 f"clip must be 'changed', 'interpolated', 'all' or 'none', got {self.clip!r}"
             )
-        if self.clip != "none" and not (self.clip_norm and 0 < self.clip_norm < math.inf):
+        traced = _is_traced(self.clip_norm)
+        if self.clip != "none" and not (
+            traced or (self.clip_norm is not None and 0 < self.clip_norm < math.inf)
+        ):
             raise ValueError(
                 f"clip_norm must be a positive finite number (or clip='none'), got {self.clip_norm}"
             )
@@ -70,12 +79,18 @@ class CombinationRule:
             raise ValueError(f"granularity must be 'leaf' or 'global', got {self.granularity!r}")
 
     @property
-    def first_clipped(self) -> int | None:
+    def first_clipped(self) -> int | jax.Array | None:
         """Step from which leaves are clipped; `None` for never."""
         if self.clip_start is not None:
             return self.clip_start
         starts = [start for start in (self.gop_start, self.gics_start) if start is not None]
+        if any(_is_traced(start) for start in starts):
+            return functools.reduce(jnp.minimum, map(jnp.asarray, starts))
         return min(starts, default=None)
+
+    @property
+    def _by_cosine(self) -> bool:
+        return isinstance(self.interpolation, str) and self.interpolation == "cosine"
 
     def combine(
         self, g_a: list[jax.Array], g_c: list[jax.Array], step: jax.Array
@@ -171,9 +186,9 @@ class CombinationRule:
         return [wide] if self.granularity == "global" and wide else [[leaf] for leaf in wide]
 
     def _clean_weight(self, cosine: jax.Array) -> jax.Array:
-        if self.interpolation == "cosine":
+        if self._by_cosine:
             return cosine
-        tau = 0.5 if self.interpolation == "mean" else self.interpolation
+        tau = 0.5 if isinstance(self.interpolation, str) else self.interpolation
         return jnp.full_like(cosine, 1 - tau)
 
     def _clipped(
@@ -183,7 +198,10 @@ class CombinationRule:
             return groups
         norm = _Scaled.of(groups).norm
         too_long = _is_active(self.first_clipped, step) & selected & ~(norm <= self.clip_norm)
-        factors = jnp.where(too_long, self.clip_norm, 1) / jnp.where(too_long, norm, 1)
+        limit: float | jax.Array = self.clip_norm
+        if _is_traced(limit):  # a schedule's, which cannot be checked; below 0 it would turn leaves
+            limit = jnp.where(limit >= 0, limit, jnp.nan)
+        factors = jnp.where(too_long, limit, 1) / jnp.where(too_long, norm, 1)
         return [[g * factors[i] for g in group] for i, group in enumerate(groups)]
 
 
@@ -257,7 +275,15 @@ def _as_leaves(groups: list[list[jax.Array]], like: list[jax.Array]) -> list[jax
     return [leaf.astype(given.dtype) for leaf, given in zip(leaves, like, strict=True)]
 
 
-def _is_active(start: int | None, step: jax.Array) -> jax.Array:
+def _is_traced(value: object) -> bool:
+    """Whether a hyperparameter is known only while the step runs, as `inject_hyperparams` makes it.
+
+    Such a one can be computed with, but not checked.
+    """
+    return isinstance(value, jax.core.Tracer)
+
+
+def _is_active(start: int | jax.Array | None, step: jax.Array) -> jax.Array:
     return jnp.asarray(False) if start is None else step >= start
 
 

@@ -2,7 +2,11 @@
 
 import functools
 import inspect
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -685,6 +689,32 @@ def test_arguments_out_of_range(options, message):
         agr_transform(**options)
 
 
+@pytest.mark.parametrize(
+    "name", ["gop_start", "gics_start", "clip_start", "interpolation", "clip_norm"]
+)
+def test_a_schedule_is_sent_to_inject_hyperparams(name):
+    message = rf"takes no schedule as {name}: .*inject_hyperparams\(agr_transform\)\({name}="
+    with pytest.raises(ValueError, match=message):
+        agr_transform(**{name: optax.constant_schedule(0.5)})
+
+
+def test_complex_leaves_are_refused_with_the_way_out():
+    transform = agr_transform()
+    real, complex_leaf = {"w": jnp.ones(2)}, {"w": jnp.ones(2, jnp.complex64)}
+    way_out = "agr_transform: leaf 'w' is complex .*split_real_and_imaginary .* GradientPair"
+    state = transform.init(real)
+    for call in (
+        lambda: transform.init(complex_leaf),
+        lambda: transform.init({"w": 1j}),
+        lambda: jax.eval_shape(transform.init, complex_leaf),
+        lambda: transform.update(complex_leaf, state),
+        lambda: transform.update(GradientPair(complex_leaf, real), state),
+        lambda: jax.jit(transform.update)(GradientPair(real, complex_leaf), state),
+    ):
+        with pytest.raises(TypeError, match=way_out):
+            call()
+
+
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         agr_transform(0)
@@ -716,6 +746,65 @@ def test_unknown_extra_arguments_are_ignored():
         g_a, transform.init(g_a), None, clean_grads=g_c, value=1.0, loss_fn=None
     )
     chex.assert_trees_all_equal(actual, expected)
+
+
+# --- jax_debug_nans ------------------------------------------------------------------------------
+
+UNDER_DEBUG_NANS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from agr_jax import AGRState, GradientPair, agr_transform, from_gradient_pair
+
+params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+gradient = lambda *w: {"w": jnp.float32(w), "b": jnp.zeros(2)}
+pair = GradientPair(gradient(1, 2, 3), gradient(-1, 0, -1))
+for granularity in ("leaf", "global"):
+    agr = agr_transform(granularity=granularity)
+    waits = optax.conditionally_transform(agr, lambda step: step >= 1)
+    for compiled in (jax.jit, lambda function: function):
+        state = compiled(agr.init)(params)
+        update = compiled(
+            lambda state, clean: agr.update(pair.adversarial, state, params, clean_grads=clean)
+        )
+        for clean in (None, pair.clean, None):
+            _, state = update(state, clean)
+            assert isinstance(state, AGRState)
+            for values in state[1:]:
+                assert (values.shape, values.dtype) == ((2,), np.float32)
+                assert jnp.isfinite(values).all() == (clean is not None)
+                assert clean is not None or jnp.isinf(values).all()
+        assert int(state.step) == 3
+        for first in (waits, agr):
+            chain = optax.chain(first, optax.sgd(0.1, momentum=0.9))
+            state = compiled(chain.init)(params)
+            both = {"clean_grads": pair.clean}
+            step = compiled(lambda state: chain.update(pair.adversarial, state, params, **both))
+            for _ in range(2):
+                _, state = step(state)
+            assert jnp.isfinite(optax.tree.get(state, "cosine")).all()
+steps = optax.MultiSteps(from_gradient_pair(agr), 2)
+state = steps.init(GradientPair(params, params))
+for _ in range(3):
+    _, state = jax.jit(steps.update)(pair, state, params)
+# Of a real NaN JAX still tells.
+try:
+    jax.jit(agr.update)(GradientPair(gradient(1, 2, np.nan), pair.adversarial), agr.init(params))
+    sys.exit("a NaN went through")
+except FloatingPointError:
+    print("done")
+"""
+
+
+def test_under_debug_nans():
+    """In a process of its own, as the setting holds for all that is traced."""
+    result = subprocess.run(
+        [sys.executable, "-c", UNDER_DEBUG_NANS],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "JAX_DEBUG_NANS": "True"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout.strip().splitlines()[-1:]) == (0, ["done"]), result
 
 
 # --- compilation ----------------------------------------------------------------------------------

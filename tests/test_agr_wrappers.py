@@ -138,9 +138,15 @@ ROWS = {
     "inject_hyperparams, AGR": (
         lambda: optax.chain(optax.inject_hyperparams(agr_transform)(clip_norm=CLIP_NORM), sgd()),
         EVERYWHERE,
-        dict.fromkeys(
-            (PAIR, CLEAN, ADAPTER), (jax.errors.TracerBoolConversionError, "boolean conversion")
+        {},
+    ),
+    "inject_hyperparams, AGR, a schedule of the clip norm": (
+        lambda: optax.chain(
+            optax.inject_hyperparams(agr_transform)(clip_norm=lambda step: CLIP_NORM + 0 * step),
+            sgd(),
         ),
+        EVERYWHERE,
+        {},
     ),
     "masked, tree": (
         lambda: optax.chain(optax.masked(agr(), MASK, **MASKING), sgd()),
@@ -265,6 +271,38 @@ def test_the_references_differ():
     assert conflicts == {True, False}
 
 
+TAUS = (0.9, 0.2, 0.5, 0.3)
+
+
+@pytest.mark.parametrize("static", [(), ("gop_start", "gics_start", "clip_start")])
+def test_schedules_of_all_numbers(static):
+    """The same updates as AGR made anew for every step with the numbers of that step."""
+    at = lambda values: lambda step: jnp.asarray(values)[step]  # noqa: E731
+    norms = np.float32([0.5, 0.1, 2.0, 0.3])
+    scheduled = optax.inject_hyperparams(agr_transform, static_args=static)(
+        gop_start=1, gics_start=2, interpolation=at(TAUS), clip_norm=at(norms)
+    )
+    for update in (jax.jit(scheduled.update), scheduled.update):
+        state = scheduled.init(PARAMS)
+        inner = state.inner_state
+        for step, pair in enumerate(PAIRS):
+            fixed = agr_transform(
+                gop_start=1, gics_start=2, interpolation=TAUS[step], clip_norm=float(norms[step])
+            )
+            expected, inner = fixed.update(pair, inner)
+            got, state = update(pair, state, PARAMS)
+            assert distance(got, expected) < TOLERANCE
+
+
+def test_a_negative_clip_norm_of_a_schedule_is_seen():
+    scheduled = optax.inject_hyperparams(agr_transform)(clip_norm=lambda step: 0.5 - step)
+    state = scheduled.init(PARAMS)
+    first, state = jax.jit(scheduled.update)(PAIRS[0], state, PARAMS)
+    second, _ = jax.jit(scheduled.update)(PAIRS[1], state, PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in first.values())
+    assert all(np.isnan(leaf).all() for leaf in second.values())
+
+
 # --- MultiSteps -----------------------------------------------------------------------------------
 
 
@@ -380,11 +418,13 @@ def test_lookahead_takes_no_clean_grads():
     [
         lambda: optax.MultiSteps(whole(), 1),
         lambda: optax.lookahead(whole(), 2, 0.5),
+        lambda: contrib.sam(whole(), optax.sgd(0.1)),
+        lambda: contrib.sam(whole(), optax.sgd(0.1), opaque_mode=True),
     ],
 )
 def test_the_adapter_refuses_what_would_drop_the_clean_gradient(without_extra_args):
     # `optax.with_extra_args_support` would swallow `clean_grads`: adversarial training, unsaid.
-    with pytest.raises(TypeError, match="clean"):
+    with pytest.raises(TypeError, match=r"no clean gradient.*: put from_gradient_pair .* with AGR"):
         from_gradient_pair(without_extra_args())
 
 
