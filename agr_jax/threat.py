@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from agr_jax.selection import kth_smallest
 
 _TINY = 1e-12
+_KEYS = "one key or one per image"
 
 
 @runtime_checkable
@@ -112,8 +113,9 @@ class L2:
         return jnp.clip(images + self.epsilon * per_image(key, images, draw), 0, 1)
 
     def ascent(self, gradient: jax.Array) -> jax.Array:
-        """Gradient over its Euclidean norm."""
-        return gradient / (expand(_norm2(gradient), gradient) + _TINY)
+        """Gradient over its Euclidean norm, however short it is."""
+        unit = scaled(gradient)
+        return unit / jnp.maximum(expand(_norm2(unit), gradient), 1)
 
     def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Scales the perturbation back to the ball, then clips the image to the box.
@@ -164,14 +166,15 @@ class L1:
     def ascent(self, gradient: jax.Array) -> jax.Array:
         """Sign of the largest entries, or the dense gradient, over its L1 norm."""
         if self.sparsity is None:
-            direction = gradient
+            direction = scaled(gradient)
         else:
             magnitude = jnp.abs(flatten(gradient))
             kept = max(1, round((1 - self.sparsity) * magnitude.shape[1]))
             threshold = kth_smallest(magnitude, magnitude.shape[1] - kept)
             large = jnp.abs(gradient) >= expand(threshold, gradient)
             direction = jnp.where(large, jnp.sign(gradient), 0)
-        return direction / (expand(_norm1(direction), gradient) + _TINY)
+        # Entries are at most 1 and the largest is: the sum is 0 for a zero gradient alone.
+        return direction / jnp.maximum(expand(_norm1(direction), gradient), 1)
 
     def project(self, candidates: jax.Array, images: jax.Array, *, box: bool = True) -> jax.Array:
         """Nearest point, in the Euclidean norm, of the ball (and the box)."""
@@ -234,18 +237,50 @@ def _shrink_to_l1_norm(magnitude: jax.Array, room: jax.Array, epsilon: float) ->
 
 
 def image_keys(key: jax.Array, batch_size: int) -> jax.Array:
-    """One typed key per image, from one key, or from an array of them as it is.
+    """One typed key per image, from one key, or from an array of them.
+
+    Keys of other kinds than JAX's default, Threefry, become such keys: those kinds (`rbg`,
+    `unsafe_rbg`) draw other numbers for a batch than for each of its images.
 
     Raises:
-        ValueError: if there are several keys, but not one per image.
+        ValueError: if it is no key, or there are several keys, but not one per image.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 0:
-        return jax.random.split(key, batch_size)
-    if key.shape != (batch_size,):
-        raise ValueError(f"key must be one key or one per image ({batch_size}), got {key.shape}")
-    return key
+    key = typed_key(key)
+    if key.shape not in ((), (batch_size,)):
+        raise ValueError(f"key must be {_KEYS} ({batch_size}), got {key.shape}")
+    key = _threefry(key)
+    return jax.random.split(key, batch_size) if key.ndim == 0 else key
+
+
+def typed_key(key: Any) -> jax.Array:
+    """A key as a typed one, which it may be already.
+
+    Raises:
+        ValueError: if it is no key.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    # `jax.random.PRNGKey` gives its words, two or four, as integers.
+    if dtype != jnp.uint32 or key.ndim < 1 or key.shape[-1] not in (2, 4):
+        shape = "" if dtype is None else f" of dtype {dtype} and shape {key.shape}"
+        raise ValueError(
+            f"key must be {_KEYS}, such as jax.random.key(0), got {type(key).__name__}{shape}"
+        )
+    kind = {2: "threefry2x32", 4: "rbg"}[key.shape[-1]]
+    return jax.random.wrap_key_data(jnp.asarray(key), impl=kind)
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+    words = jax.random.key_data(key)
+    if words.shape[-1] == 2:
+        return key
+
+    def of_words(words: jax.Array) -> jax.Array:
+        first = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+        return jax.random.fold_in(jax.random.fold_in(first, words[2]), words[3])
+
+    return of_words(words) if key.ndim == 0 else jax.vmap(of_words)(words)
 
 
 def gaussian_noise(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -273,7 +308,16 @@ def check_threat(field: str, threat: Any) -> None:
         raise ValueError(f"{field} must be a threat model such as Linf(8 / 255), got {threat!r}")
 
 
+def covers_the_box(threat: Any, pixels: int) -> bool:
+    """Whether a ball holds every image of so many pixels, whatever its centre."""
+    reach = {Linf: 1.0, L2: math.sqrt(pixels), L1: float(pixels)}.get(type(threat), math.inf)
+    known = not isinstance(threat.epsilon, jax.core.Tracer)
+    return known and bool(threat.epsilon >= reach)
+
+
 def _check_epsilon(threat: Linf | L2 | L1) -> None:
+    if isinstance(threat.epsilon, jax.core.Tracer):
+        return  # a radius that is an argument of the caller's own `jit`
     if not (threat.epsilon >= 0 and math.isfinite(threat.epsilon)):
         name = type(threat).__name__
         raise ValueError(f"{name}.epsilon must be a finite number >= 0, got {threat.epsilon}")
@@ -289,6 +333,12 @@ def flatten(images: jax.Array) -> jax.Array:
 def expand(per_image: jax.Array, like: jax.Array) -> jax.Array:
     """One value per image, `[batch]`, with as many axes as `like`."""
     return per_image.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def scaled(gradient: jax.Array) -> jax.Array:
+    """Each image's gradient over its largest entry, so that no square or sum rounds to 0."""
+    largest = expand(jnp.abs(flatten(gradient)).max(1), gradient)
+    return gradient / jnp.where(largest > 0, largest, 1)
 
 
 def _norm1(array: jax.Array) -> jax.Array:

@@ -51,6 +51,20 @@ def golden():
     return load
 
 
+@pytest.fixture
+def compilations():
+    """A list that grows by one with every program that is compiled, or read from the cache."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_decoded_images(tmp_path_factory):
     """No test uses, or fills, the user's own cache."""

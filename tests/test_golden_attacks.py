@@ -1,5 +1,7 @@
 """FGSM, PGD, CW, APGD and FAB in float32 against the reference's runs from stored starts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from golden_networks import random_network, trained_network
 
 from agr_jax import losses
 from agr_jax.attacks import apgd, fab, fgsm, pgd
-from agr_jax.attacks.attack import loop_on_device
+from agr_jax.attacks.attack import Blind, loop_on_device
 from agr_jax.attacks.fab import _nothing, _Step
 from agr_jax.threat import L1, L2, Linf
 
@@ -211,10 +213,11 @@ def test_apgd_l1_from_another_radius(golden, network, file):
 # ---- FAB
 
 
-@jax.jit
-def fab_run(step, logits_fn, count):
+@functools.partial(jax.jit, static_argnums=0)
+def fab_run(attack, logits_fn, images, labels, targets, count):
     """So many steps, a number that is traced: one program for all."""
-    start = step.images, _nothing(step.images, step.labels)
+    start = images, _nothing(images, labels), Blind.nowhere(labels)
+    step = _Step(attack, images, labels, targets)
     return loop_on_device(step, logits_fn, start, count)[1]
 
 
@@ -235,7 +238,7 @@ def test_fab_runs(golden, network, file, norm):
             if f"{key}norm" not in stored.files:
                 continue
             targets = order[:, -rank]
-            found = fab_run(_Step(fab(threat), images, labels, targets), logits_fn, steps)
+            found = fab_run(fab(threat), logits_fn, images, labels, targets, steps)
             distance = np.asarray(found.distance)
             success = stored[f"{key}success"].astype(bool)
             np.testing.assert_array_equal(np.isfinite(distance), success)

@@ -1,6 +1,7 @@
 """PGD and FGSM: closed forms on linear networks, and the contract of an attack."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -217,12 +218,12 @@ def test_one_key_stands_for_one_per_image(linear, images, threat):
         attack(linear, images, LABELS, keys[:3])
 
 
-@by_threat
-def test_float16_images_come_back_as_float16(linear, inner_images, threat):
-    half = inner_images.astype(jnp.float16)
-    adversarial = pgd(threat, steps=2)(linear, half, LABELS, KEY)
-    assert adversarial.dtype == jnp.float16
-    assert (threat.distance(adversarial.astype(jnp.float32), half) > 0).all()
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_floats_are_refused(linear, inner_images, dtype):
+    """Their rounding moves a pixel by up to 6 % of 8/255, out of the ball."""
+    for attack in (pgd(Linf(0.1)), fgsm(Linf(0.1))):
+        with pytest.raises(ValueError, match=r"must be float32 or float64, got .*float16"):
+            attack(linear, inner_images.astype(dtype), LABELS, KEY)
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
@@ -266,61 +267,37 @@ def test_works_inside_jit_and_passes_no_gradient(linear, images):
 # ---- plain functions and pytrees
 
 
-def test_a_second_checkpoint_compiles_nothing(images, weights):
-    traces = []
-
+def test_a_second_checkpoint_compiles_nothing(images, weights, compilations):
     def apply(variables, points):
-        traces.append(points.shape)
         return points.reshape(len(points), -1) @ variables["w"]
 
-    attack = pgd(Linf(0.1), steps=3)
+    attack = pgd(Linf(0.1), steps=19)  # as no other test
     first = attack(jax.tree_util.Partial(apply, {"w": weights}), images, LABELS, KEY)
-    compiled = len(traces)
-    assert compiled > 0
-    second = attack(jax.tree_util.Partial(apply, {"w": -weights}), images, LABELS, KEY)
-    assert len(traces) == compiled
-    assert not np.array_equal(first, second)
+    assert compilations
+    other = -weights
+    compilations.clear()
+    second = attack(jax.tree_util.Partial(apply, {"w": other}), images, LABELS, KEY)
     plain = attack(lambda points: apply({"w": weights}, points), images, LABELS, KEY)
+    again = pgd(Linf(0.1), steps=19)(functools.partial(apply, {"w": weights}), images, LABELS, KEY)
+    wider = pgd(Linf(0.2), steps=19)(functools.partial(apply, {"w": weights}), images, LABELS, KEY)
+    assert not compilations
+    assert not np.array_equal(first, second)
     np.testing.assert_array_equal(first, plain)
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(wider - images).max()) > 0.15
 
 
-def test_a_plain_function_is_compiled_once(images, weights):
-    traces = []
-
-    def logits_fn(points):
-        traces.append(points.shape)
-        return points.reshape(len(points), -1) @ weights
-
-    attack = pgd(Linf(0.1), steps=3)
-    attack(logits_fn, images, LABELS, KEY)
-    compiled = len(traces)
-    assert compiled > 0
-    attack(logits_fn, images, LABELS, jax.random.key(1))
-    pgd(Linf(0.1), steps=3)(logits_fn, images, LABELS, KEY)  # an equal attack is the same one
-    assert len(traces) == compiled
-
-
-def test_a_classifier_is_a_pytree(images):
-    traces = []
-
-    class Counting(models.PreActResNet):
-        def __call__(self, points, *, train=False):
-            traces.append(points.shape)
-            return super().__call__(points, train=train)
-
-    model = Counting(2, blocks=(1,), width=4)
+def test_a_classifier_is_found_by_its_content(images, compilations):
+    model = models.PreActResNet(2, blocks=(1,), width=4)
     checkpoints = [model.init(jax.random.key(seed), images) for seed in range(2)]
-    traces.clear()
     attack = pgd(Linf(0.1), steps=2)
     results = [attack(models.Classifier(model, checkpoints[0]), images, LABELS, KEY)]
-    compiled = len(traces)
-    assert compiled > 0
+    compilations.clear()
     results.append(attack(models.Classifier(model, checkpoints[1]), images, LABELS, KEY))
-    assert len(traces) == compiled
-    assert not np.array_equal(*results)
     plain = attack(lambda points: model.apply(checkpoints[0], points), images, LABELS, KEY)
-    # A constant may be folded where an argument is not: the last bit, before the sign.
-    assert np.mean(np.asarray(plain) != np.asarray(results[0])) < 0.02
+    assert not compilations
+    assert not np.array_equal(*results)
+    np.testing.assert_array_equal(plain, results[0])
 
 
 @pytest.mark.parametrize("threat", [Linf(0.1), L2(0.3)], ids=str)
@@ -360,6 +337,7 @@ def test_momentum_as_published(threat, momentum):
     np.testing.assert_allclose(np.asarray(found).reshape(clean.shape), points, atol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:PGD. the gradient of the loss is zero")  # saturated units
 def test_momentum_changes_the_outcome_and_must_be_finite(weights, images):
     network = jax.tree_util.Partial(
         lambda w, x: jnp.tanh(3 * x.reshape(len(x), -1) @ w) @ jnp.ones((2, 2)).at[0, 0].set(-1),

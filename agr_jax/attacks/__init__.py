@@ -4,9 +4,8 @@ The lower-case names are the public ones: `attacks.pgd(Linf(8 / 255), steps=20)`
 """
 
 from agr_jax.attacks.apgd import APGD
-from agr_jax.attacks.attack import Attack, LogitsFn, Outcome
+from agr_jax.attacks.attack import Attack, EvaluationWarning, LogitsFn, Outcome
 from agr_jax.attacks.autoattack import AutoAttack
-from agr_jax.attacks.autoattack_checks import EvaluationWarning
 from agr_jax.attacks.autoattack_result import AutoAttackResult
 from agr_jax.attacks.carlini_wagner import CarliniWagnerL2
 from agr_jax.attacks.fab import FAB

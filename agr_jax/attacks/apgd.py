@@ -14,17 +14,22 @@ from jax import lax
 from agr_jax import losses
 from agr_jax.attacks.apgd_rules import Found, Momentum, Rule, Sparse
 from agr_jax.attacks.attack import (
+    Blind,
     LogitsFn,
     Loop,
     LossFn,
     Outcome,
-    as_pytree,
-    check_inputs,
+    as_array,
+    climbed,
+    differing,
     likeliest_wrong_class,
     loop_on_device,
+    mean_over_draws,
     misclassified,
+    run,
+    warn_of_blind,
 )
-from agr_jax.threat import L1, L2, Linf, expand, flatten, gaussian_noise, image_keys, per_image
+from agr_jax.threat import L1, L2, Linf, expand, gaussian_noise, per_image
 
 _LARGE_RADII = (3.0, 2.0, 1.0)
 _SHARE_OF_STEPS = (0.3, 0.3)  # the last radius has the rest
@@ -41,7 +46,8 @@ class APGD:
 
     Attributes:
         threat: `Linf`, `L2` or `L1` ball.
-        loss: `loss(logits, labels) -> [batch]`, to be raised, by default the cross-entropy; with
+        loss: `loss(logits, labels) -> [batch]`, to be raised, by default the cross-entropy (whose
+            log odds are climbed, which do not saturate: `losses.log_odds`); with
             `targets` it is `loss(logits, labels, target_classes)`, by default `targeted_dlr`.
         targets: number of target classes, the likeliest wrong ones at the clean image first; at
             most the number of classes minus one is used. 0 for an untargeted attack.
@@ -101,17 +107,33 @@ class APGD:
         """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
 
         Args:
-            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
-            images: floats in [0, 1].
+            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
+                evaluation mode; see `PGD.__call__`.
+            images: float32 or float64 in [0, 1].
             labels: `[batch]` integers.
             key: one JAX key, or one per image.
 
         Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range.
+            ValueError: as `PGD.__call__`.
+
+        Warns:
+            EvaluationWarning: as `PGD.__call__`.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, None if self.draws else logits_fn)
-        return _run_all(self, logits_fn, images, labels, key)
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
+
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """The same, with the images at which it was blind, without a warning of them."""
+        result: tuple[jax.Array, Blind] = run(
+            _run_all, self, logits_fn, images, labels, key=key, loss_takes=self._loss_takes()
+        )
+        return result
+
+    def _loss_takes(self) -> tuple[str, ...]:
+        return ("labels", "labels") if self.targets else ("labels",)
 
     def units(self, num_classes: int) -> int:
         """Number of runs: restarts, times target classes."""
@@ -154,7 +176,7 @@ class APGD:
                 stage, objective, logits_fn, images, start, warm=self.large_radii, loop=loop
             )
             start = result.best_points
-        return Outcome(result.points, result.fooled, result.zero_gradient, result.nan_gradient)
+        return Outcome(result.points, result.fooled, result.blind)
 
     def _steps_of_stages(self) -> list[int]:
         if not self.large_radii:
@@ -175,16 +197,28 @@ class APGD:
         """One run from a given start, with what it did in each step; for study and for tests.
 
         Args:
-            logits_fn: of a network that is not randomised.
+            logits_fn: of a network that is not randomised; see `PGD.__call__`.
             images: floats in [0, 1].
             labels: `[batch]` integers.
             start: points in the ball and the box.
             target_classes: `[batch]` integers, which a targeted loss gets.
             warm: under L1, take the first sparsity from the start, as after another radius.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
-        return _trajectory(self, logits_fn, images, labels, start, target_classes, warm=warm)
+        if target_classes is not None:
+            target_classes = as_array(target_classes)
+        takes = ("labels",) if target_classes is None else ("labels", "labels")
+        function = _warm_trajectory if warm else _trajectory
+        result: Trajectory = run(
+            function,
+            self,
+            logits_fn,
+            images,
+            labels,
+            as_array(start),
+            target_classes,
+            loss_takes=takes,
+        )
+        return result
 
 
 class Trajectory(NamedTuple):
@@ -209,69 +243,85 @@ class Trajectory(NamedTuple):
     sparsity: jax.Array
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Objective:
-    """Loss, prediction and gradient at a batch of points."""
+    """Height, prediction and gradient at a batch of points; the height is what is climbed."""
 
-    attack: APGD = dataclasses.field(metadata={"static": True})
+    attack: APGD
     labels: jax.Array
     target_classes: jax.Array | None
     keys: jax.Array | None
 
+    @property
+    def loss(self) -> LossFn:
+        """The loss that the attack is to raise."""
+        default = losses.cross_entropy if self.target_classes is None else losses.targeted_dlr
+        return self.attack.loss or default
+
+    @property
+    def saturates(self) -> bool:
+        """Whether the loss is the cross-entropy, in whose place its log odds are climbed."""
+        return self.loss is losses.cross_entropy
+
+    def reported(self, height: jax.Array) -> jax.Array:
+        """The loss at a height."""
+        return jax.nn.softplus(height) if self.saturates else height
+
     def at(
         self, logits_fn: LogitsFn, points: jax.Array, step: jax.Array | int
     ) -> tuple[Any, Any, Any]:
-        """Per-image loss, whether it is misclassified, and the gradient of the loss."""
+        """Per-image height, whether it is misclassified, and the gradient of the height."""
 
         def total(points: jax.Array, *key: jax.Array) -> tuple[jax.Array, Any]:
             logits = logits_fn(points, *key)
-            loss = self.loss(logits).astype(points.dtype)
-            return loss.sum(), (loss, misclassified(logits, self.labels))
+            height = self.height(logits).astype(points.dtype)
+            return height.sum(), (height, misclassified(logits, self.labels))
 
         evaluate = jax.value_and_grad(total, has_aux=True)
         if not self.attack.draws:
-            (_, (loss, wrong)), gradient = evaluate(points)
-            return loss, wrong, gradient
+            (_, (height, wrong)), gradient = evaluate(points)
+            return height, wrong, gradient
         assert self.keys is not None
         keys = jax.random.split(jax.random.fold_in(self.keys[0], step), self.attack.draws)
 
-        def add(summed: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-            (_, aux), gradient = evaluate(points, key)
-            return summed + gradient, aux
+        def of_draw(key: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+            (_, (height, wrong)), gradient = evaluate(points, key)
+            return height, (height, wrong), gradient
 
-        summed, (loss, wrong) = lax.scan(add, jnp.zeros_like(points), keys)
-        return loss[-1], wrong[-1], summed / self.attack.draws
+        (height, wrong), gradient = mean_over_draws(of_draw, keys, of_log_odds=self.saturates)
+        return height, wrong, gradient
 
-    def loss(self, logits: jax.Array) -> jax.Array:
-        if self.target_classes is None:
-            return (self.attack.loss or losses.cross_entropy)(logits, self.labels)
-        return (self.attack.loss or losses.targeted_dlr)(logits, self.labels, self.target_classes)
+    def height(self, logits: jax.Array) -> jax.Array:
+        classes = () if self.target_classes is None else (self.target_classes,)
+        return climbed(self.loss)(logits, self.labels, *classes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _run_all(
-    attack: APGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> jax.Array:
-    keys = image_keys(key, images.shape[0])
+    attack: APGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, Blind]:
     logits = logits_fn(images, keys[0]) if attack.draws else logits_fn(images)
 
-    def run(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        points, fooled = best
+    def one(
+        index: jax.Array, best: tuple[jax.Array, jax.Array, Blind]
+    ) -> tuple[jax.Array, jax.Array, Blind]:
+        points, fooled, blind = best
         outcome = attack.unit(logits_fn, images, labels, keys, index)
         points = jnp.where(expand(fooled, images), points, outcome.points)
-        return points, fooled | outcome.fooled
+        return points, fooled | outcome.fooled, blind.both(outcome.blind)
 
-    start = images, jnp.argmax(logits, axis=1) != labels
-    points, _ = lax.fori_loop(0, attack.units(logits.shape[1]), run, start)
-    return lax.stop_gradient(points)
+    wrong = jnp.argmax(logits, axis=1) != labels
+    none = differing(jnp.zeros_like(wrong), labels)
+    start = images, wrong, Blind(~none, none)
+    points, _, blind = lax.fori_loop(0, attack.units(logits.shape[1]), one, start)
+    # What is misclassified without an attack needs no gradient.
+    blind = Blind(blind.zero_gradient & ~wrong, blind.nan_gradient & ~wrong)
+    return lax.stop_gradient(points), blind
 
 
 class _Result(NamedTuple):
     points: jax.Array
     fooled: jax.Array
-    zero_gradient: jax.Array
-    nan_gradient: jax.Array
+    blind: Blind
     best_points: jax.Array
     best_loss: jax.Array
 
@@ -285,7 +335,6 @@ class _State(NamedTuple):
     rule: Any
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _prepare(
     attack: APGD,
     logits_fn: LogitsFn,
@@ -321,17 +370,14 @@ def _search(
     else:
         rule = Momentum(attack.threat, attack.steps, attack.rho)
     step = _Step(rule, attack.stop_when_fooled, objective, images)
-    state, zero_gradient, nan_gradient = _begin(step, logits_fn, start)
+    state, blind = _begin(step, logits_fn, start)
     finished = _all_fooled if attack.stop_when_fooled else None
     state = loop(step, logits_fn, state, attack.steps, finished)
     found = state.found
     points = jnp.where(expand(found.fooled, images), found.points, found.best_points)
-    return _Result(
-        points, found.fooled, zero_gradient, nan_gradient, found.best_points, found.best_loss
-    )
+    return _Result(points, found.fooled, blind, found.best_points, found.best_loss)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="warm")
 def _trajectory(
     attack: APGD,
     logits_fn: LogitsFn,
@@ -340,7 +386,7 @@ def _trajectory(
     start: jax.Array,
     target_classes: jax.Array | None,
     *,
-    warm: bool,
+    warm: bool = False,
 ) -> Trajectory:
     objective = _Objective(attack, labels, target_classes, None)
     records = []
@@ -354,20 +400,29 @@ def _trajectory(
         return state
 
     result = _search(attack, objective, logits_fn, images, start, warm=warm, loop=recorded)
-    return Trajectory(result.best_points, result.best_loss, result.points, *records)
+    heights, *others = records
+    return Trajectory(
+        result.best_points,
+        objective.reported(result.best_loss),
+        result.points,
+        objective.reported(heights),
+        *others,
+    )
+
+
+_warm_trajectory = functools.partial(_trajectory, warm=True)
 
 
 def _all_fooled(state: _State) -> jax.Array:
     return state.found.fooled.all()
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """One gradient step, the same program for every batch of a shape."""
+    """One gradient step."""
 
-    rule: Rule = dataclasses.field(metadata={"static": True})
-    stop_when_fooled: bool = dataclasses.field(metadata={"static": True})
+    rule: Rule
+    stop_when_fooled: bool
     objective: _Objective
     images: jax.Array
 
@@ -390,18 +445,16 @@ class _Step:
         return next_state, (loss, found.fooled, *self.rule.used(state.rule))
 
 
-@jax.jit
-def _begin(
-    step: _Step, logits_fn: LogitsFn, start: jax.Array
-) -> tuple[_State, jax.Array, jax.Array]:
+def _begin(step: _Step, logits_fn: LogitsFn, start: jax.Array) -> tuple[_State, Blind]:
     """The state at the start, and where the loss has no gradient there, or a NaN one."""
     # Under L1 a start from a larger radius is pulled in; elsewhere it lies in the ball already.
     start = step.rule.threat.project(start, step.images)
     loss, wrong, gradient = step.objective.at(logits_fn, start, 0)
     found = Found(start, wrong, start, loss, gradient)
-    state = _State(start, gradient, found, step.rule.begin(step.images, start, loss))
-    flat = flatten(gradient)
-    return state, ~jnp.any(flat != 0, axis=1), jnp.any(jnp.isnan(flat), axis=1)
+    # The published code compares the first loss with 0: a cross-entropy is above it.
+    last = jnp.full_like(loss, -jnp.inf if step.objective.saturates else 0)
+    rule = step.rule.begin(step.images, start, loss, differing(last, loss))
+    return _State(start, gradient, found, rule), Blind.of(gradient)
 
 
 def _update(

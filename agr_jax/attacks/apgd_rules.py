@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agr_jax.attacks.attack import differing
 from agr_jax.selection import kth_smallest
 from agr_jax.threat import L1, L2, Linf, expand, flatten
 
@@ -51,8 +52,10 @@ class Rule(Protocol):
         """The ball."""
         ...
 
-    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> Any:
-        """The rule's own state at the start."""
+    def begin(
+        self, images: jax.Array, start: jax.Array, loss: jax.Array, last_loss: jax.Array
+    ) -> Any:
+        """The rule's own state at the start; the first step's loss is compared with `last_loss`."""
         ...
 
     def move(
@@ -83,17 +86,17 @@ class Momentum(NamedTuple):
     steps: int
     rho: float
 
-    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> _MomentumState:
+    def begin(
+        self, images: jax.Array, start: jax.Array, loss: jax.Array, last_loss: jax.Array
+    ) -> _MomentumState:
         """The state at the start."""
-        zero = jnp.zeros_like(loss)
         return _MomentumState(
             previous=start,
-            step_size=jnp.full_like(loss, 2 * self.threat.epsilon),
-            # The published code compares the first loss with 0.
-            last_loss=zero,
-            increases=zero,
+            step_size=differing(jnp.full_like(loss, 2 * self.threat.epsilon), loss),
+            last_loss=last_loss,
+            increases=differing(jnp.zeros_like(loss), loss),
             checked_loss=loss,
-            halved=jnp.ones_like(loss, bool),
+            halved=differing(jnp.ones_like(loss, bool), loss),
         )
 
     def move(
@@ -153,7 +156,9 @@ class Sparse(NamedTuple):
     steps: int
     warm: bool
 
-    def begin(self, images: jax.Array, start: jax.Array, loss: jax.Array) -> _SparseState:
+    def begin(
+        self, images: jax.Array, start: jax.Array, loss: jax.Array, last_loss: jax.Array
+    ) -> _SparseState:
         """The state at the start."""
         pixels = flatten(images).shape[1]
         if self.warm:
@@ -161,7 +166,8 @@ class Sparse(NamedTuple):
             sparsity = support / pixels / 1.5
         else:
             support, sparsity = jnp.full_like(loss, pixels), jnp.full_like(loss, 0.2)
-        return _SparseState(jnp.full_like(loss, self.threat.epsilon), sparsity, support)
+        state = _SparseState(jnp.full_like(loss, self.threat.epsilon), sparsity, support)
+        return jax.tree.map(lambda part: differing(part, loss), state)
 
     def move(
         self,

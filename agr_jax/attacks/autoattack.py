@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +29,13 @@ from jax.sharding import Mesh
 
 from agr_jax import losses
 from agr_jax.attacks.apgd import APGD
-from agr_jax.attacks.attack import LogitsFn, as_pytree, check_inputs
+from agr_jax.attacks.attack import LogitsFn, check_inputs, warn_of_radius
 from agr_jax.attacks.autoattack_result import AutoAttackResult
 from agr_jax.attacks.autoattack_run import ATTACKS, Run
 from agr_jax.attacks.fab import FAB
-from agr_jax.attacks.square import Square
-from agr_jax.threat import L1, L2, Linf
+from agr_jax.attacks.square import Square, check_shape
+from agr_jax.mesh import as_data_mesh
+from agr_jax.threat import L1, L2, Linf, typed_key
 
 _VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -58,6 +60,9 @@ class AutoAttack:
             APGD, **which is not AutoAttack** and says so in every output.
         attacks: with `custom`, which of `ATTACKS` in which order, with the settings of `standard`.
         batch_size: images at a time; changes the speed, not the result.
+        verdict_draws: with `rand`, the fresh draws of the network that each verdict takes: an image
+            is robust where more than half of them are right. The published code takes one, and
+            loses an image to a single unlucky draw.
 
     Source: Croce and Hein, ICML 2020, and the settings of the published code (of July 2024). Unlike
     there, Square draws for each image apart, and all draws depend on the key, the attack and the
@@ -68,6 +73,7 @@ class AutoAttack:
     version: Literal["standard", "plus", "rand", "fast", "custom"] = "standard"
     attacks: tuple[str, ...] = ()
     batch_size: int = 250
+    verdict_draws: int = 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Linf | L2 | L1):
@@ -90,8 +96,9 @@ class AutoAttack:
                 f"AutoAttack.attacks must be different ones of {', '.join(ATTACKS)}, got "
                 f"{self.attacks}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"AutoAttack.batch_size must be at least 1, got {self.batch_size}")
+        for name in ("batch_size", "verdict_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"AutoAttack.{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def title(self) -> str:
@@ -128,7 +135,7 @@ class AutoAttack:
         key: jax.Array,
         *,
         folder: str | os.PathLike[str] | None = None,
-        on: Mesh | None = None,
+        on: Mesh | Sequence[jax.Device] | None = None,
         progress: bool = True,
     ) -> AutoAttackResult:
         """Attacks every image until one attack succeeds or all have failed.
@@ -136,17 +143,17 @@ class AutoAttack:
         Everything runs at float32's full matrix precision (float64 for float64 images).
 
         Args:
-            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode;
-                with `rand` it takes a key too. A pytree such as `Partial(model.apply, variables)`
-                compiles nothing again for a second network of the same structure.
+            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
+                evaluation mode; with `rand` it takes a key too. It is what it computes when it is
+                passed; a second network of the same structure compiles nothing again.
             images: floats in [0, 1], `[examples, ...]` (for Square `[examples, height, width,
                 channels]`).
             labels: integers `[examples]`.
             key: one JAX key, the seed of all draws.
             folder: where to keep what is done after each batch; a second call with the same
                 arguments goes on from there and ends with the same result.
-            on: devices that share each batch; by default the one that JAX uses. Each runs the
-                network on its own part of a batch: it cannot name devices itself.
+            on: a mesh or a list of devices that share each batch; by default the one that JAX uses.
+                Each runs the network on its own part of a batch: it cannot name devices itself.
             progress: show a bar, or plain lines where there is no terminal.
 
         Raises:
@@ -158,10 +165,15 @@ class AutoAttack:
             EvaluationWarning: where a check finds that the result may be unreliable.
         """
         images, labels = _as_arrays(images, labels)
-        if key.ndim if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.ndim != 1:
+        if "square" in self.sequence:
+            _check_layout(images.shape)
+        key = typed_key(key)
+        if key.ndim:
             raise ValueError(f"key must be one key, got shape {key.shape}")
+        warn_of_radius(self.threat, images)
+        mesh = None if on is None else as_data_mesh(on)
         with jax.default_matmul_precision("float32"):
-            run = Run(self, as_pytree(logits_fn), images, labels, key, on)
+            run = Run(self, logits_fn, images, labels, key, mesh)
             return run.evaluate(None if folder is None else Path(folder), progress)
 
     def make(self, name: str, num_classes: int) -> APGD | FAB | Square:
@@ -198,13 +210,24 @@ def _as_arrays(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     dtype = getattr(images, "dtype", None)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"images must be floats in [0, 1], got dtype {dtype}; divide by 255")
-    shape: tuple[int, ...] = getattr(images, "shape", ())
-    if len(shape) == 4 and shape[1] in (1, 3) and shape[2] == shape[3] > 4:
-        raise ValueError(
-            f"images must be [examples, height, width, channels], got shape {images.shape}, which "
-            "looks like channels first: images.transpose(0, 2, 3, 1)"
-        )
     wide = np.float64 if dtype == np.float64 and jax.config.read("jax_enable_x64") else np.float32
     images, labels = np.asarray(images, wide), np.asarray(labels)
     check_inputs(jnp.asarray(images), labels)
     return images, labels.astype(np.int32)
+
+
+def _check_layout(shape: tuple[int, ...]) -> None:
+    """Refuses what Square cannot search, before the attacks that can."""
+    without = (
+        'without Square other layouts can be attacked too: version="custom", '
+        'attacks=("apgd-ce", "apgd-t", "fab-t")'
+    )
+    try:
+        check_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{error}; {without}") from error
+    if shape[1] in (1, 3) and shape[2] == shape[3] > 4:
+        raise ValueError(
+            f"images must be [examples, height, width, channels], got shape {shape}, which "
+            f"looks like channels first: images.transpose(0, 2, 3, 1); {without}"
+        )

@@ -5,73 +5,57 @@ Each check returns a message that says what to do, or `None`.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from agr_jax.attacks.attack import LogitsFn
-
-# Distance between normalised logits above which two evaluations count as different.
-_SAME = 1e-4
-
-
-class EvaluationWarning(UserWarning):
-    """Something that makes a robust accuracy unreliable."""
-
-
-def warn(message: str) -> None:
-    """Shows a message of a check where the evaluation was asked for."""
-    warnings.warn(message, EvaluationWarning, stacklevel=4)
+from agr_jax.attacks.attack import (
+    SAME_LOGITS,
+    LogitsFn,
+    batch_dependence,
+    batch_message,
+    logits_difference,
+    traced_network,
+)
 
 
-def check_logits(logits: jax.Array, examples: int) -> None:
-    """Refuses what is not `[examples, classes]` of finite floats.
+def check_finite(logits: np.ndarray) -> None:
+    """Refuses NaN and infinities at clean images.
 
     Raises:
-        ValueError: naming what was found.
+        ValueError: if there are any.
     """
-    if logits.ndim != 2 or logits.shape[0] != examples or logits.shape[1] < 2:
-        raise ValueError(
-            f"logits_fn must return [batch, classes] with two or more classes, got shape "
-            f"{logits.shape} for {examples} images"
-        )
-    if not bool(jnp.isfinite(logits).all()):
+    if not np.isfinite(logits).all():
         raise ValueError("logits_fn returns NaN or infinite logits for clean images")
 
 
-def check_batch_independence(logits_fn: LogitsFn, images: jax.Array) -> None:
-    """Refuses a network whose logits for an image depend on the other images of the batch.
+def check_batch_independence(network: LogitsFn, images: jax.Array) -> None:
+    """Refuses a network whose logits for an image depend on the rest of the batch.
 
     Raises:
-        ValueError: if they do, as with BatchNorm in training mode.
+        ValueError: if they do, as with BatchNorm in training mode, or on the image's place in the
+            batch, as with dropout from one key.
     """
-    if images.shape[0] < 2:
-        return
-    kept = images.shape[0] // 2
-    others = 1 - images[kept:]
-    logits = _evaluate(logits_fn, images)
-    again = _evaluate(logits_fn, jnp.concatenate([images[:kept], others]))
-    difference = _difference(logits[:kept], again[:kept])
-    if difference > _SAME:
-        raise ValueError(
-            "the logits of an image depend on the other images of its batch (they move by "
-            f"{difference:.2g} of their norm): pass the network in evaluation mode, with "
-            "BatchNorm's running statistics (train=False, use_running_average=True)"
-        )
+    difference = batch_dependence(network, images)
+    if difference is not None:
+        raise ValueError(batch_message(difference))
 
 
-def randomised(logits_fn: LogitsFn, images: jax.Array) -> str | None:
-    """A network that gives other logits for the same images."""
-    # Traced anew each time: what a network draws in Python is a constant of one trace.
-    results = []
-    for _ in range(2):
-        evaluate = jax.jit(functools.partial(_traced_anew, object()))
-        results += [evaluate(logits_fn, images), evaluate(logits_fn, images)]
-    difference = max(_difference(results[0], other) for other in results[1:])
-    if difference <= _SAME:
+def randomised(logits_fn: LogitsFn, network: LogitsFn, images: jax.Array) -> str | None:
+    """A network that gives other logits for the same images.
+
+    Args:
+        logits_fn: the network as the caller wrote it.
+        network: what it was when it was traced.
+        images: a batch.
+    """
+    # Traced anew: what a network draws in Python is a constant of one trace.
+    again = traced_network(logits_fn, images)
+    results = [_evaluate(each, images) for each in (network, network, again, again)]
+    difference = max(logits_difference(results[0], other) for other in results[1:])
+    if difference <= SAME_LOGITS:
         return None
     return (
         "the network gives other logits for the same images (they move by "
@@ -107,7 +91,7 @@ def too_few_classes(num_classes: int, attacks: Sequence[str]) -> str | None:
 
 
 def zero_gradients(counts: Mapping[str, int]) -> str | None:
-    """Images at whose start a DLR loss had no gradient, or any loss one that is NaN."""
+    """Images at whose start the loss had no gradient, or one that is NaN."""
     found = [f"{name}: {count}" for name, count in counts.items() if count]
     if not found:
         return None
@@ -130,19 +114,6 @@ def square_improves(after: Mapping[str, float]) -> str | None:
     )
 
 
-def _traced_anew(_: object, logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    return logits_fn(images)
-
-
 @jax.jit
 def _evaluate(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     return logits_fn(images)
-
-
-def _difference(logits: jax.Array, others: jax.Array) -> float:
-    """Largest distance between an image's two logit vectors, each scaled to length 1."""
-
-    def unit(rows: jax.Array) -> jax.Array:
-        return rows / (jnp.linalg.norm(rows, axis=1, keepdims=True) + 1e-10)
-
-    return float(jnp.linalg.norm(unit(logits) - unit(others), axis=1).max())

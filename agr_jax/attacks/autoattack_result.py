@@ -23,6 +23,8 @@ class AutoAttackResult:
         predictions: integers `[examples]`, the network's at `adversarial`.
         seconds: that each attack took, compilation included, over all starts of the evaluation.
         warnings: messages of the checks.
+        one_draw: of a randomised network, share of right predictions at `adversarial` over fresh
+            draws, which is what one draw is to be expected to have; else `None`.
     """
 
     attack: AutoAttack
@@ -31,6 +33,7 @@ class AutoAttackResult:
     predictions: np.ndarray
     seconds: dict[str, float]
     warnings: tuple[str, ...]
+    one_draw: float | None = None
 
     @property
     def robust(self) -> np.ndarray:
@@ -44,6 +47,7 @@ class AutoAttackResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers and strings, for JSON."""
+        drawn = {"verdict_draws": self.attack.verdict_draws, "one_draw": self.one_draw}
         return {
             "title": self.attack.title,
             "version": self.attack.version,
@@ -55,6 +59,7 @@ class AutoAttackResult:
             "correct_after": {name: int(mask.sum()) for name, mask in self.robust_after.items()},
             "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
             "warnings": list(self.warnings),
+            **({} if self.one_draw is None else drawn),
         }
 
     def __str__(self) -> str:
@@ -62,5 +67,8 @@ class AutoAttackResult:
         for name, mask in self.robust_after.items():
             took = f"  ({self.seconds[name]:.1f} s)" if name in self.seconds else ""
             lines.append(f"{name:>9}: {100 * mask.mean():6.2f} %{took}")
+        if self.one_draw is not None:
+            draws = self.attack.verdict_draws
+            lines.append(f" one draw: {100 * self.one_draw:6.2f} %, above the majority of {draws}")
         norm = f"{type(threat).__name__} epsilon {threat.epsilon:.4g}"
         return f"{self.attack.title}, {norm}, {len(self.robust)} images\n" + "\n".join(lines)

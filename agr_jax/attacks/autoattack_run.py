@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from agr_jax import mesh
+from agr_jax.attacks import attack as calling
 from agr_jax.attacks import autoattack_checks as checks
 from agr_jax.attacks import packing
 from agr_jax.attacks.apgd import APGD
-from agr_jax.attacks.attack import LogitsFn, check_labels, loop_from_host
+from agr_jax.attacks.attack import LogitsFn, check_labels, traced_network, warn
 from agr_jax.attacks.autoattack_result import AutoAttackResult
 from agr_jax.attacks.fab import FAB
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
 from agr_jax.attacks.square import Square, SquareState
+from agr_jax.attacks.tracing import Traced
 from agr_jax.metrics import Progress
 from agr_jax.threat import L1, L2, Linf
 
@@ -45,22 +50,22 @@ class Run:
         on: Mesh | None,
     ) -> None:
         self.attack, self.images, self.labels, self.on = attack, images, labels, on
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        self.key = key if typed else jax.random.wrap_key_data(key)
+        self.key = key
         # The draws of a randomised network are those of its whole batch.
         self.apart = None if attack.version == "rand" else on
-        self.logits_fn = logits_fn if on is None else jax.device_put(logits_fn, mesh.replicated(on))
+        self.logits_fn = logits_fn
+        self._networks: dict[int, Traced] = {}
+        self._placed: dict[int, tuple[Any, Any]] = {}
         self.shapes = packing.batch_shapes(min(attack.batch_size, len(labels)), on)
         self.adversarial = images.copy()
-        self.predictions, self.num_classes = self._clean_predictions()
-        self.robust = self.predictions == labels
+        self.robust, self.predictions, self.num_classes = self._clean_predictions()
         self.zero_gradients: dict[str, int] = {}
 
     def evaluate(self, folder: Path | None, progress: bool) -> AutoAttackResult:
         """Runs the attacks in their order; see `AutoAttack.evaluate`."""
         messages = self._messages_before()
         for message in messages:
-            checks.warn(message)
+            warn(message)
         journal = Journal(folder, {} if folder is None else self._identity())
         robust_after = {"clean": self.robust.copy()}
         seconds: dict[str, float] = {}
@@ -88,7 +93,7 @@ class Run:
         found = checks.zero_gradients(self.zero_gradients), checks.square_improves(after)
         late = [message for message in found if message is not None]
         for message in late:
-            checks.warn(message)
+            warn(message)
         return AutoAttackResult(
             self.attack,
             robust_after,
@@ -96,47 +101,92 @@ class Run:
             self.predictions,
             seconds,
             tuple(messages + late),
+            self._one_draw(),
         )
 
-    def _clean_predictions(self) -> tuple[np.ndarray, int]:
-        all_logits = []
+    def network(self, rows: int) -> Traced:
+        """The network for batches of so many images, its arrays on the devices."""
+        if rows not in self._networks:
+            images = jax.ShapeDtypeStruct((rows, *self.images.shape[1:]), self.images.dtype)
+            keys = (self.key,) if self.attack.version == "rand" else ()
+            self._networks[rows] = self._place(traced_network(self.logits_fn, images, *keys))
+        return self._networks[rows]
+
+    def network_of_device(self, shape: int) -> Traced:
+        """The network for the part of a batch that one device gets."""
+        return self.network(shape if self.apart is None else shape // self.apart.size)
+
+    def _place(self, network: Traced) -> Traced:
+        if self.on is None:
+            return network
+        for array in jax.tree.leaves(network):  # one copy for all shapes
+            if id(array) not in self._placed:
+                self._placed[id(array)] = array, jax.device_put(array, mesh.replicated(self.on))
+        return jax.tree.map(lambda array: self._placed[id(array)][1], network)
+
+    def _clean_predictions(self) -> tuple[np.ndarray, np.ndarray, int]:
+        all_logits, right, predictions = [], [], []
         for rows, shape in packing.pack(np.arange(len(self.labels)), self.shapes):
-            images, _, keys = self._put(rows, shape, "clean")
-            logits = _logits(self.attack.version == "rand", self.logits_fn, images, keys)
-            checks.check_logits(logits, shape)
-            all_logits.append(np.asarray(logits)[: len(rows)])
+            images, labels, keys = self._put(rows, shape, "clean")
+            found = _judge(self._draws, self.network(shape), images, labels, keys[0])
+            logits, *judged = (np.asarray(part)[: len(rows)] for part in found)
+            checks.check_finite(logits)
+            all_logits.append(logits)
+            right.append(judged[0])
+            predictions.append(judged[1])
         logits = np.concatenate(all_logits)
         check_labels(self.labels, logits.shape[1])
         # Four digits tell networks apart, and survive another order of a sum.
         moments = np.abs(logits).mean(), logits.std(), logits[0].max(), logits[-1].max()
         self.clean_logits = [f"{moment:.4g}" for moment in moments]
-        return logits.argmax(1), logits.shape[1]
+        return np.concatenate(right), np.concatenate(predictions), logits.shape[1]
+
+    @property
+    def _draws(self) -> int:
+        """Of a randomised network that a verdict takes; 0 for one that is not."""
+        return self.attack.verdict_draws if self.attack.version == "rand" else 0
+
+    def _one_draw(self) -> float | None:
+        """Share of right predictions at the final points, over fresh draws."""
+        if not self._draws:
+            return None
+        shares = []
+        for rows, shape in packing.pack(np.arange(len(self.labels)), self.shapes):
+            _, labels, keys = self._put(rows, shape, "clean")
+            filled = np.concatenate([rows, np.repeat(rows[-1:], shape - len(rows))])
+            points = jnp.asarray(self.adversarial[filled])
+            key = jax.random.fold_in(keys[0], 2)
+            share = _share_of_right(self._draws, self.network(shape), points, labels, key)
+            shares.append(np.asarray(share)[: len(rows)])
+        return float(np.concatenate(shares).mean())
 
     def _messages_before(self) -> list[str]:
         rows, shape = next(packing.pack(np.arange(len(self.labels)), self.shapes))
         images, _, keys = self._put(rows, shape, "clean")
-        rand = self.attack.version == "rand"
+        network = self.network(shape)
+        logits = _judge(self._draws, network, images, self._put(rows, shape, "clean")[1], keys[0])
         found = [
-            checks.probabilities(_logits(rand, self.logits_fn, images, keys)),
+            checks.probabilities(logits[0]),
             checks.too_few_classes(self.num_classes, self.attack.sequence),
         ]
-        if not rand:
-            checks.check_batch_independence(self.logits_fn, images)
-            found.append(checks.randomised(self.logits_fn, images))
+        if not self._draws:
+            checks.check_batch_independence(network, images)
+            found.append(checks.randomised(self.logits_fn, network, images))
         return [message for message in found if message is not None]
 
     def _identity(self) -> dict[str, Any]:
         """What makes two evaluations the same one."""
         threat = self.attack.threat
         return {
-            "format": 2,
+            "format": 3,
             "version": self.attack.version,
             "attacks": list(self.attack.sequence),
             "threat": f"{type(threat).__name__}({threat.epsilon!r})",
             "batch_shapes": list(self.shapes),
             "key": np.asarray(jax.random.key_data(self.key)).tolist(),
             "images": digest([self.images, self.labels]),
-            "network": digest(self.logits_fn),
+            "network": digest(self.network(self.shapes[0])),
+            **({"verdict_draws": self._draws} if self._draws else {}),
             "clean logits": self.clean_logits,
             "predictions": digest(self.predictions),
         }
@@ -157,17 +207,18 @@ class Run:
             points = self._search_squares(one, rows, shape)
             blind = np.zeros(len(rows), bool)
         else:
-            run = _unit_from_host if jax.default_backend() == "cpu" else _unit
             filled = np.pad(batch.units, (0, shape - len(rows)), mode="edge")
-            outcome = run(
-                self.apart, one, self.logits_fn, images, labels, keys, jnp.asarray(filled)
-            )
-            points, blind = outcome.points, np.asarray(outcome.nan_gradient)[: len(rows)]
-            if name in ("apgd-dlr", "apgd-t"):  # the cross-entropy's may vanish for other reasons
-                blind = blind | np.asarray(outcome.zero_gradient)[: len(rows)]
+            network, units = self.network_of_device(shape), jnp.asarray(filled)
+            fixed, varying = calling.taken_apart(one)
+            program = _compiled(_unit)
+            outcome = program(self.apart, fixed, varying, network, images, labels, keys, units)
+            points, blind = outcome.points, jnp.logical_or(*outcome.blind)
+            blind = np.asarray(blind)[: len(rows)]
         # The last word has a look from outside: inside ball and box, and misclassified.
-        fooled, predictions = _verify(self.attack, self.logits_fn, images, labels, points, keys)
-        fooled = np.asarray(fooled)[: len(rows)]
+        key = jax.random.fold_in(keys[0], 1)
+        _, right, predictions = _judge(self._draws, self.network(shape), points, labels, key)
+        allowed = _is_allowed(self.attack.threat, images, points)
+        fooled = np.asarray(~right & allowed)[: len(rows)]
         # The first run that fools an image counts, as if the others had not been made.
         needed = packing.until_fooled(rows, fooled)
         fooled, blind = fooled & needed, blind & needed
@@ -183,18 +234,21 @@ class Run:
     def _search_squares(self, square: Square, rows: np.ndarray, shape: int) -> Any:
         """All queries; images that are fooled leave, and the others move to a smaller batch."""
         images, labels, keys = self._put(rows, shape, "square")
-        state = _begin_squares(square, self.logits_fn, images, labels, keys)
+        fixed, varying = calling.taken_apart(square)
+        begin, advance = _compiled(_begin_squares), _compiled(_advance_squares)
+        state = begin(fixed, varying, self.network(shape), images, labels, keys)
         points = np.array(state.points)
         left = np.arange(len(rows))
         done = 0
         while done < square.queries and len(left):
             until = min(done + max(done, 100), square.queries)
-            state = _advance_squares(
-                self.apart, square, self.logits_fn, images, labels, keys, state, done, until
+            network, bounds = self.network_of_device(shape), (jnp.int32(done), jnp.int32(until))
+            state = advance(
+                self.apart, fixed, varying, network, images, labels, keys, state, *bounds
             )
             done = until
             points[left] = np.asarray(state.points)[: len(left)]
-            open_ = np.asarray(state.margin)[: len(left)] < 0
+            open_ = ~np.asarray(state.fooled)[: len(left)]
             kept = np.flatnonzero(open_)
             left = left[kept]
             smaller = min(s for s in self.shapes if s >= len(left))
@@ -267,82 +321,109 @@ def _keys_of_images(key: jax.Array, number: int, rows: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(rand: bool, logits_fn: LogitsFn, images: jax.Array, keys: jax.Array) -> jax.Array:
-    return logits_fn(images, keys[0]) if rand else logits_fn(images)
+def _judge(
+    draws: int, network: Traced, points: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits, which predictions are right, and the predictions.
+
+    Of a randomised network the logits of the first of several draws, what more than half of them
+    say of being right, and the most frequent prediction.
+    """
+    if not draws:
+        logits = network(points)
+        predictions = jnp.argmax(logits, axis=1)
+        return logits, predictions == labels, predictions
+    keys = jax.random.split(key, draws)
+    first = network(points, keys[0])
+    counts = _counts(first.shape[1], network, points, keys)
+    right = (counts * jax.nn.one_hot(labels, first.shape[1], dtype=jnp.int32)).sum(1)
+    return first, 2 * right > draws, jnp.argmax(counts, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _unit(
-    on: Mesh | None,
-    one: APGD | FAB,
-    logits_fn: LogitsFn,
-    images: jax.Array,
-    labels: jax.Array,
-    keys: jax.Array,
-    index: jax.Array,
-) -> Any:
-    return mesh.apart(one.unit, on, (mesh.WHOLE, *[mesh.ROWS] * 4))(
-        logits_fn, images, labels, keys, index
-    )
+def _counts(classes: int, network: Traced, points: jax.Array, keys: jax.Array) -> jax.Array:
+    """How many draws predict each class, `[batch, classes]`."""
 
+    def add(counts: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        predictions = jnp.argmax(network(points, key), axis=1)
+        return counts + jax.nn.one_hot(predictions, classes, dtype=jnp.int32), None
 
-def _unit_from_host(
-    on: Mesh | None,
-    one: APGD | FAB,
-    logits_fn: LogitsFn,
-    images: jax.Array,
-    labels: jax.Array,
-    keys: jax.Array,
-    index: jax.Array,
-) -> Any:
-    loop = functools.partial(loop_from_host, on=on)
-    return one.unit(logits_fn, images, labels, keys, index, loop)
+    return lax.scan(add, jnp.zeros([points.shape[0], classes], jnp.int32), keys)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _share_of_right(
+    draws: int, network: Traced, points: jax.Array, labels: jax.Array, key: jax.Array
+) -> jax.Array:
+    classes = network.program.value.shape[1]
+    counts = _counts(classes, network, points, jax.random.split(key, draws))
+    return (counts * jax.nn.one_hot(labels, classes, dtype=jnp.int32)).sum(1) / draws
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With the options of `agr_jax.attacks.attack`; settings and devices are constants."""
+    names = [name for name in inspect.signature(function).parameters if name in ("on", "fixed")]
+    return jax.jit(function, static_argnames=names, compiler_options=calling.compiler_options())
+
+
+def _unit(
+    on: Mesh | None,
+    fixed: APGD | FAB,
+    varying: dict[str, Any],
+    network: Traced,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    index: jax.Array,
+) -> Any:
+    def unit(varying: dict[str, Any], *arguments: Any) -> Any:
+        return calling.put_together(fixed, varying).unit(*arguments)
+
+    arguments = (mesh.WHOLE, mesh.WHOLE, *[mesh.ROWS] * 4)
+    return mesh.apart(unit, on, arguments)(varying, network, images, labels, keys, index)
+
+
 def _begin_squares(
-    square: Square, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+    fixed: Square,
+    varying: dict[str, Any],
+    network: Traced,
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
 ) -> SquareState:
-    return square.begin(logits_fn, images, labels, keys)
+    square: Square = calling.put_together(fixed, varying)
+    return square.begin(network, images, labels, keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _advance_squares(
     on: Mesh | None,
-    square: Square,
-    logits_fn: LogitsFn,
+    fixed: Square,
+    varying: dict[str, Any],
+    network: Traced,
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array,
     state: SquareState,
-    first: jax.Array | int,
-    last: jax.Array | int,
+    first: jax.Array,
+    last: jax.Array,
 ) -> SquareState:
-    arguments = (mesh.WHOLE, *[mesh.ROWS] * 4, mesh.WHOLE, mesh.WHOLE)
-    result: SquareState = mesh.apart(square.advance, on, arguments)(
-        logits_fn, images, labels, keys, state, first, last
+    def advance(varying: dict[str, Any], *arguments: Any) -> SquareState:
+        square: Square = calling.put_together(fixed, varying)
+        return square.advance(*arguments)
+
+    arguments = (mesh.WHOLE, mesh.WHOLE, *[mesh.ROWS] * 4, mesh.WHOLE, mesh.WHOLE)
+    result: SquareState = mesh.apart(advance, on, arguments)(
+        varying, network, images, labels, keys, state, first, last
     )
     return result
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _verify(
-    attack: AutoAttack,
-    logits_fn: LogitsFn,
-    images: jax.Array,
-    labels: jax.Array,
-    points: jax.Array,
-    keys: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Which points are adversarial examples, and the predictions there."""
-    key = jax.random.fold_in(keys[0], 1)
-    logits = logits_fn(points, key) if attack.version == "rand" else logits_fn(points)
-    predictions = jnp.argmax(logits, axis=1)
+def _is_allowed(threat: Linf | L2 | L1, images: jax.Array, points: jax.Array) -> jax.Array:
+    """Which points lie in the ball and the box."""
     flat = points.reshape(points.shape[0], -1)
     in_box = (flat.min(1) >= 0) & (flat.max(1) <= 1)
-    distance = attack.threat.distance(points, images)
-    in_ball = distance <= attack.threat.epsilon * (1 + _ROUNDING) + _rounding(attack.threat, flat)
-    return (predictions != labels) & in_box & in_ball, predictions
+    most = threat.epsilon * (1 + _ROUNDING) + _rounding(threat, flat)
+    return in_box & (threat.distance(points, images) <= most)
 
 
 def _rounding(threat: Linf | L2 | L1, flat: jax.Array) -> float:

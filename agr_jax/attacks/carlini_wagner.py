@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,15 @@ import optax
 from jax import lax
 
 from agr_jax import losses
-from agr_jax.attacks.attack import LogitsFn, as_pytree, check_inputs
+from agr_jax.attacks.attack import (
+    Blind,
+    LogitsFn,
+    differing,
+    misclassified,
+    run,
+    surely_misclassified,
+    warn_of_blind,
+)
 from agr_jax.threat import L2, expand
 
 # Pixels keep this share of the way from the middle to the border, where tanh has no inverse.
@@ -78,8 +85,17 @@ class CarliniWagnerL2:
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
         """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
-        points, distance = self.nearest(logits_fn, images, labels)
-        return jnp.where(expand(distance <= self.threat.epsilon, images), points, images)
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
+
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """The same, with the images at which it was blind, without a warning of them."""
+        points, distance, blind = run(_nearest, self, logits_fn, images, labels)
+        near = expand(distance <= self.threat.epsilon, points)
+        return jnp.where(near, points, jnp.asarray(images)), blind
 
     def nearest(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array
@@ -87,11 +103,12 @@ class CarliniWagnerL2:
         """The nearest misclassified points, in the ball or not, and their distances `[batch]`.
 
         The distance is 0 where the image itself is misclassified; where nothing was found it is
-        infinite, and the point is the image. Arguments and errors as `__call__`.
+        infinite, and the point is the image. Every point was looked at once more. Arguments, errors
+        and warnings as `__call__`.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
-        return _nearest(self, logits_fn, images, labels)
+        points, distance, blind = run(_nearest, self, logits_fn, images, labels)
+        warn_of_blind(self, blind)
+        return points, distance
 
 
 class _Found(NamedTuple):
@@ -115,10 +132,9 @@ class _Interval(NamedTuple):
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _nearest(
     attack: CarliniWagnerL2, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Blind]:
     dtype = jnp.promote_types(images.dtype, jnp.float32)
     start = jnp.arctanh(_INSIDE * (2 * images.astype(dtype) - 1))
     adam = optax.adam(attack.learning_rate)
@@ -126,21 +142,23 @@ def _nearest(
     def objective(variables: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
         points = ((jnp.tanh(variables) + 1) / 2).astype(images.dtype)
         squared = jnp.square((points - images).astype(dtype)).sum(tuple(range(1, images.ndim)))
-        margin = losses.margin(logits_fn(points), labels).astype(dtype)
+        logits = logits_fn(points)
+        margin = losses.margin(logits, labels).astype(dtype)
         hinge = jnp.maximum(attack.confidence - margin, 0)
-        return (squared + weight * hinge).sum(), (points, squared, margin)
+        return (squared + weight * hinge).sum(), (points, squared, margin, logits)
 
     def search(_: int, carry: tuple[_Interval, _Found]) -> tuple[_Interval, _Found]:
         interval, found = carry
 
         def step(_: int, state: Any) -> Any:
             variables, moments, found, success = state
-            gradient, (points, squared, margin) = jax.grad(objective, has_aux=True)(
+            gradient, (points, squared, margin, logits) = jax.grad(objective, has_aux=True)(
                 variables, interval.weight
             )
-            fooled = (margin > 0) & (margin >= attack.confidence)
+            fooled = misclassified(logits, labels) & (margin >= attack.confidence)
             distance = jnp.sqrt(squared)
-            nearer = fooled & (distance < found.distance)
+            counts = fooled & surely_misclassified(logits, labels)
+            nearer = counts & (distance < found.distance)
             found = _Found(
                 jnp.where(expand(nearer, images), points, found.points),
                 jnp.where(nearer, distance, found.distance),
@@ -148,13 +166,35 @@ def _nearest(
             updates, moments = adam.update(gradient, moments)
             return variables + updates, moments, found, success | fooled
 
-        begin = start, adam.init(start), found, jnp.zeros_like(labels, bool)
+        begin = start, _moments(adam, start), found, none
         *_, found, success = lax.fori_loop(0, attack.steps, step, begin)
         return interval.narrowed(success), found
 
-    wrong = jnp.argmax(logits_fn(images), axis=1) != labels
-    found = _Found(images, jnp.where(wrong, 0, jnp.inf).astype(dtype))
-    weight = jnp.full_like(labels, attack.initial_weight, dtype)
-    interval = _Interval(weight, jnp.zeros_like(weight), jnp.full_like(weight, jnp.inf))
-    _, found = lax.fori_loop(0, attack.searches, search, (interval, found))
-    return lax.stop_gradient(found)
+    def margins(points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = logits_fn(points)
+        return losses.margin(logits, labels).sum(), misclassified(logits, labels)
+
+    gradient, wrong = jax.grad(margins, has_aux=True)(images)
+    none = differing(jnp.zeros_like(wrong), labels)
+    distance = differing(jnp.where(wrong, 0, jnp.inf).astype(dtype), labels)
+    weight = differing(jnp.full_like(distance, attack.initial_weight), distance)
+    limits = (differing(jnp.full_like(weight, limit), weight) for limit in (0, jnp.inf))
+    interval = _Interval(weight, *limits)
+    begin = interval, _Found(images, distance)
+    _, found = lax.fori_loop(0, attack.searches, search, begin)
+    # A second look, apart from the search's own gradient.
+    seen = surely_misclassified(logits_fn(lax.optimization_barrier(found.points)), labels)
+    kept = seen | wrong
+    points = jnp.where(expand(kept, images), found.points, images)
+    distance = jnp.where(kept, found.distance, jnp.inf)
+    blind = Blind.of(gradient)
+    blind = Blind(blind.zero_gradient & ~wrong, blind.nan_gradient & ~wrong)
+    return lax.stop_gradient(points), lax.stop_gradient(distance), blind
+
+
+def _moments(adam: optax.GradientTransformation, variables: jax.Array) -> Any:
+    """Adam's state at the start, which is not the same on all devices."""
+    return jax.tree.map(
+        lambda leaf: differing(leaf, variables) if leaf.shape == variables.shape else leaf,
+        adam.init(variables),
+    )

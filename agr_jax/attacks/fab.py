@@ -12,16 +12,19 @@ from jax import lax
 
 from agr_jax import losses
 from agr_jax.attacks.attack import (
+    Blind,
     LogitsFn,
-    Loop,
     Outcome,
-    as_pytree,
-    check_inputs,
+    differing,
     likeliest_wrong_class,
     loop_on_device,
+    misclassified,
+    run,
+    surely_misclassified,
+    warn_of_blind,
 )
 from agr_jax.attacks.hyperplane import step_to_hyperplane
-from agr_jax.threat import L1, L2, Linf, expand, flatten, image_keys, per_image
+from agr_jax.threat import L1, L2, Linf, expand, flatten, per_image, scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +84,29 @@ class FAB:
         """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
 
         Args:
-            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
-            images: floats in [0, 1].
+            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
+                evaluation mode; see `PGD.__call__`.
+            images: float32 or float64 in [0, 1].
             labels: `[batch]` integers.
             key: one JAX key, or one per image.
 
         Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range.
+            ValueError: as `PGD.__call__`.
+
+        Warns:
+            EvaluationWarning: as `PGD.__call__`.
         """
-        points, distance = self.nearest(logits_fn, images, labels, key)
-        return jnp.where(expand(distance <= self.threat.epsilon, images), points, images)
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
+
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """The same, with the images at which it was blind, without a warning of them."""
+        points, distance, blind = run(_nearest, self, logits_fn, images, labels, key=key)
+        near = expand(distance <= self.threat.epsilon, points)
+        return jnp.where(near, points, jnp.asarray(images)), blind
 
     def nearest(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
@@ -98,11 +114,12 @@ class FAB:
         """The nearest misclassified points, in the ball or not, and their distances `[batch]`.
 
         The distance is 0 where the image itself is misclassified; where nothing was found it is
-        infinite, and the point is the image. Arguments and errors as `__call__`.
+        infinite, and the point is the image. Every point was looked at once more. Arguments, errors
+        and warnings as `__call__`.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
-        return _nearest(self, logits_fn, images, labels, key)
+        points, distance, blind = run(_nearest, self, logits_fn, images, labels, key=key)
+        warn_of_blind(self, blind)
+        return points, distance
 
     def units(self, num_classes: int) -> int:
         """Number of runs: restarts, times target classes."""
@@ -115,15 +132,13 @@ class FAB:
         labels: jax.Array,
         keys: jax.Array,
         index: jax.Array | int,
-        loop: Loop = loop_on_device,
     ) -> Outcome:
         """One run of each image; see `APGD.unit`."""
-        found = _run(self, logits_fn, images, labels, keys, index, loop)
+        found, blind = _run(self, logits_fn, images, labels, keys, index)
         return Outcome(
             points=jnp.where(expand(found.in_ball, images), found.points, images),
             fooled=found.in_ball,
-            zero_gradient=jnp.zeros_like(found.in_ball),
-            nan_gradient=jnp.zeros_like(found.in_ball),
+            blind=blind,
         )
 
 
@@ -133,26 +148,32 @@ class _Found(NamedTuple):
     in_ball: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _nearest(
-    attack: FAB, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    keys = image_keys(key, images.shape[0])
+    attack: FAB, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array, Blind]:
     logits = logits_fn(images)
     wrong = jnp.argmax(logits, axis=1) != labels
 
-    def run(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        points, distance = best
-        found = _run(attack, logits_fn, images, labels, keys, index, loop_on_device)
-        nearer = found.distance < distance
+    def one(
+        index: jax.Array, best: tuple[jax.Array, jax.Array, Blind]
+    ) -> tuple[jax.Array, jax.Array, Blind]:
+        points, distance, blind = best
+        found, also = _run(attack, logits_fn, images, labels, keys, index)
+        # A second look, apart from the search's own gradient.
+        seen = surely_misclassified(logits_fn(lax.optimization_barrier(found.points)), labels)
+        nearer = (found.distance < distance) & seen
         return (
             jnp.where(expand(nearer, images), found.points, points),
             jnp.where(nearer, found.distance, distance),
+            blind.both(also),
         )
 
     distance = jnp.where(wrong, 0, jnp.inf).astype(images.dtype)
-    best = lax.fori_loop(0, attack.units(logits.shape[1]), run, (images, distance))
-    return lax.stop_gradient(best)
+    none = differing(jnp.zeros_like(wrong), labels)
+    start = images, differing(distance, labels), Blind(~none, none)
+    points, distance, blind = lax.fori_loop(0, attack.units(logits.shape[1]), one, start)
+    blind = Blind(blind.zero_gradient & ~wrong, blind.nan_gradient & ~wrong)
+    return lax.stop_gradient(points), lax.stop_gradient(distance), blind
 
 
 def _run(
@@ -162,16 +183,15 @@ def _run(
     labels: jax.Array,
     keys: jax.Array,
     index: jax.Array | int,
-    loop: Loop,
-) -> _Found:
+) -> tuple[_Found, Blind]:
     start, step = _prepare(attack, logits_fn, images, labels, keys, index)
     finished = _all_in_ball if attack.stop_when_fooled else None
-    state = start, _nothing(images, labels)
-    _, found = loop(step, logits_fn, state, attack.steps, finished)
-    return found
+    none = differing(jnp.zeros_like(labels, bool), labels)
+    state = differing(start, images), _nothing(images, labels), Blind(none, none)
+    _, found, blind = loop_on_device(step, logits_fn, state, attack.steps, finished)
+    return found, blind
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _prepare(
     attack: FAB,
     logits_fn: LogitsFn,
@@ -194,33 +214,34 @@ def _prepare(
 def _nothing(images: jax.Array, labels: jax.Array) -> _Found:
     return _Found(
         points=images,
-        distance=jnp.full_like(labels, jnp.inf, images.dtype),
-        in_ball=jnp.zeros_like(labels, bool),
+        distance=differing(jnp.full_like(labels, jnp.inf, images.dtype), labels),
+        in_ball=differing(jnp.zeros_like(labels, bool), labels),
     )
 
 
-def _all_in_ball(state: tuple[jax.Array, _Found]) -> jax.Array:
+def _all_in_ball(state: tuple[jax.Array, _Found, Blind]) -> jax.Array:
     return state[1].in_ball.all()
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """One step to the boundary and back."""
 
-    attack: FAB = dataclasses.field(metadata={"static": True})
+    attack: FAB
     images: jax.Array
     labels: jax.Array
     targets: jax.Array | None
 
     def __call__(
-        self, logits_fn: LogitsFn, state: tuple[jax.Array, _Found], index: jax.Array
-    ) -> tuple[jax.Array, _Found]:
-        points, found = state
+        self, logits_fn: LogitsFn, state: tuple[jax.Array, _Found, Blind], index: jax.Array
+    ) -> tuple[jax.Array, _Found, Blind]:
+        points, found, blind = state
         attack, images, threat = self.attack, self.images, self.attack.threat
         difference, gradient = _nearest_boundary(
             threat, logits_fn, points, self.labels, self.targets
         )
+        first = functools.partial(jnp.where, index == 0)
+        blind = jax.tree.map(first, Blind.of(gradient), blind)
         weights, here, flat_images = flatten(gradient), flatten(points), flatten(images)
         # The same hyperplane, seen from the iterate and from the image.
         from_image = difference + (weights * (flat_images - here)).sum(1)
@@ -236,7 +257,7 @@ class _Step:
         ahead = (1 - alpha) * (here + attack.overshoot * step_here)
         ahead += alpha * (flat_images + attack.overshoot * step_image)
         moved = jnp.clip(ahead, 0, 1).reshape(images.shape)
-        wrong = jnp.argmax(logits_fn(moved), axis=1) != self.labels
+        wrong = misclassified(logits_fn(moved), self.labels)
         distance = threat.distance(moved, images)
         nearer = wrong & (distance < found.distance)
         if attack.stop_when_fooled:
@@ -247,7 +268,7 @@ class _Step:
             in_ball=found.in_ball | (wrong & (distance <= threat.epsilon)),
         )
         back = images + attack.backward * (moved - images)
-        return jnp.where(expand(wrong, images), back, moved), best
+        return jnp.where(expand(wrong, images), back, moved), best, blind
 
 
 def _nearest_boundary(
@@ -280,7 +301,8 @@ def _nearest_boundary(
 
     def nearest(best: Any, index: jax.Array) -> tuple[Any, None]:
         difference, gradient = of_class(index)
-        distance = jnp.abs(difference) / (1e-12 + _dual_norm(threat, flatten(gradient)))
+        length = _dual_norm(threat, flatten(gradient))
+        distance = jnp.abs(difference) / jnp.maximum(length, jnp.finfo(length.dtype).tiny)
         distance = jnp.where(index == labels, jnp.inf, distance)
         nearer = distance < best[0]
         chosen = (
@@ -290,8 +312,9 @@ def _nearest_boundary(
         )
         return chosen, None
 
-    infinite = jnp.full(labels.shape, jnp.inf, points.dtype)
-    start = infinite, jnp.zeros_like(infinite), jnp.zeros_like(points)
+    infinite = differing(jnp.full(labels.shape, jnp.inf, points.dtype), labels)
+    none = differing(jnp.zeros_like(points), points)
+    start = infinite, differing(jnp.zeros_like(infinite), labels), none
     (_, difference, gradient), _ = lax.scan(nearest, start, jnp.arange(num_classes))
     return difference, gradient
 
@@ -302,7 +325,8 @@ def _norm(threat: Linf | L2 | L1, rows: jax.Array) -> jax.Array:
 
 def _dual_norm(threat: Linf | L2 | L1, rows: jax.Array) -> jax.Array:
     dual = {Linf: L1, L2: L2, L1: Linf}[type(threat)]
-    return _norm(dual(0.0), rows)
+    # Of the entries over the largest one: their squares do not round to 0.
+    return jnp.abs(rows).max(1) * _norm(dual(0.0), scaled(rows))
 
 
 def _random_start(threat: Linf | L2 | L1, keys: jax.Array, images: jax.Array) -> jax.Array:

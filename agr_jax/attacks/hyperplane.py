@@ -20,6 +20,8 @@ from agr_jax.threat import L1, L2, Linf
 
 # The published code leaves pixels with smaller weights alone, under L2 and L1.
 _LEAST_WEIGHT = 1e-8
+# Normals whose largest weight is below this are scaled before that.
+_SHORT = 1e-3
 
 
 def step_to_hyperplane(
@@ -33,6 +35,10 @@ def step_to_hyperplane(
         weights: `[..., pixels]`, normal of each hyperplane; leading axes as of `points`, or 1.
         excess: `[...]`, `w . x - b`: the value that the step has to take away.
     """
+    # The same hyperplane: short normals are of another scale, not of less use.
+    largest = jnp.abs(weights).max(-1)
+    scale = jnp.where((largest > 0) & (largest < _SHORT), largest, 1)
+    weights, excess = weights / scale[..., None], excess / scale
     excess_sign = jnp.where(excess >= 0, 1, -1).astype(points.dtype)
     signed = weights * excess_sign[..., None]
     size = jnp.abs(signed)

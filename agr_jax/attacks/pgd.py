@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from agr_jax import losses
-from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs, misclassified
-from agr_jax.threat import L1, ThreatModel, check_threat, expand, gaussian_noise, image_keys
+from agr_jax.attacks.attack import (
+    Blind,
+    LogitsFn,
+    LossFn,
+    as_array,
+    check_inputs,
+    climbed,
+    differing,
+    mean_over_draws,
+    misclassified,
+    run,
+    warn_of_blind,
+)
+from agr_jax.threat import L1, ThreatModel, check_threat, expand, gaussian_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +37,16 @@ class PGD:
     failure is not taken for robustness.
 
     Called as `attack(logits_fn, images, labels, key)`; the iterations are one `lax.fori_loop` under
-    `jit`. A plain `logits_fn` is part of the compiled program's identity: pass the same function
-    object again, or a pytree such as `jax.tree_util.Partial(model.apply, variables)`, and nothing
-    is compiled twice.
+    `jit`. Any callable is attacked as what it computes now, and another one that computes the same
+    with other weights compiles nothing.
 
     Attributes:
         threat: ball to stay in, such as `Linf(8 / 255)`.
         steps: number of gradient steps, at least 1.
         step_size: length of one step in the threat's norm; by default `2.5 * epsilon / steps`.
         random_start: start at a random point of the ball.
-        loss: `loss(logits, targets) -> [batch]`, to be raised.
+        loss: `loss(logits, targets) -> [batch]`, to be raised. For the cross-entropy its log odds
+            are raised, which rise with it and do not saturate (`losses.log_odds`).
         targets: what the loss gets beside the logits: the `labels`, or the `clean_logits`, as when
             TRADES raises the divergence from the clean prediction.
         start_noise: without `random_start`, standard deviation of the Gaussian noise that is added
@@ -115,19 +128,30 @@ class PGD:
         """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
 
         Args:
-            logits_fn: maps images `[batch, ...]` (with `draws`: and a key) to logits
-                `[batch, classes]`, in evaluation mode.
-            images: floats in [0, 1].
+            logits_fn: any callable that maps images `[batch, ...]` (with `draws`: and a key) to
+                logits `[batch, classes]`, in evaluation mode. It is traced at each call: what it
+                closes over, such as weights, is used as it is now.
+            images: float32 or float64 in [0, 1].
             labels: `[batch]` integers, the classes to leave, or, if targeted, to reach.
             key: one JAX key, or one per image.
 
         Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range (with `draws` it is
-                not looked at whether the labels are classes of the network).
+            ValueError: if images, labels or key have the wrong dtype, shape or range, or logits or
+                losses the wrong shape.
+
+        Warns:
+            EvaluationWarning: outside of `jit`: of images whose gradient is zero or NaN at the
+                start, of a network that depends on the batch, of a radius as large as the box.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, None if self.draws else logits_fn)
-        return _run_pgd(self, logits_fn, images, labels, key)
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
+
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """The same, with the images at which it was blind, without a warning of them."""
+        return _run(_run_pgd, self, logits_fn, images, labels, key=key)
 
     def from_start(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, start: jax.Array
@@ -135,9 +159,27 @@ class PGD:
         """The same, from given points `start` instead of a random one; without `draws`."""
         if self.draws:
             raise ValueError(f"PGD.from_start takes no key and so no draws, got {self.draws}")
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
-        return _ascend(self, logits_fn, images, labels, start)
+        adversarial, blind = _run(_ascend, self, logits_fn, images, labels, as_array(start))
+        warn_of_blind(self, blind)
+        return adversarial
+
+
+def _run(
+    function: Callable[..., Any],
+    attack: PGD,
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *start: jax.Array,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Blind]:
+    if attack.step_size is None:
+        attack = dataclasses.replace(attack, step_size=2.5 * attack.threat.epsilon / attack.steps)
+    takes = ("labels" if attack.targets == "labels" else "logits",)
+    result: tuple[jax.Array, Blind] = run(
+        function, attack, logits_fn, images, labels, *start, key=key, loss_takes=takes
+    )
+    return result
 
 
 def too_short(attack: PGD) -> str | None:
@@ -174,10 +216,20 @@ class FGSM:
     ) -> jax.Array:
         """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
         if self.threat.epsilon == 0:
-            check_inputs(images, labels)
+            images = as_array(images)
+            check_inputs(images, as_array(labels))
             return images
-        step = PGD(self.threat, 1, self.threat.epsilon, random_start=False, loss=self.loss)
-        return step(logits_fn, images, labels, key)
+        return self._step(logits_fn, images, labels, key)
+
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """The same, with the images at which it was blind, without a warning of them."""
+        return self._step.look(logits_fn, images, labels, key)
+
+    @property
+    def _step(self) -> PGD:
+        return PGD(self.threat, 1, self.threat.epsilon, random_start=False, loss=self.loss)
 
 
 def ifgsm(threat: ThreatModel, steps: int = 10) -> PGD:
@@ -210,23 +262,21 @@ def cw_inf(threat: ThreatModel, steps: int = 20, step_size: float | None = None)
     return PGD(threat, steps=steps, step_size=step_size, loss=losses.margin)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _run_pgd(
-    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> jax.Array:
+    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, Blind]:
     if attack.restarts == 1:
-        return _from_random_start(attack, logits_fn, images, labels, key)
-    keys = image_keys(key, images.shape[0])
+        return _from_random_start(attack, logits_fn, images, labels, keys)
     targets = labels
     if attack.targets == "clean_logits":
         targets = _logits(attack, logits_fn, images, _network_key(attack, keys))
 
-    def run(
-        index: jax.Array, best: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        points, fooled, loss = best
+    def restart(
+        index: jax.Array, best: tuple[jax.Array, jax.Array, jax.Array, Blind]
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Blind]:
+        points, fooled, loss, blind = best
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        new_points = _from_random_start(attack, logits_fn, images, labels, own)
+        new_points, also = _from_random_start(attack, logits_fn, images, labels, own)
         logits = _logits(attack, logits_fn, new_points, _network_key(attack, own))
         wrong = _succeeded(attack, logits, labels)
         new_loss = _objective(attack, logits, targets).astype(images.dtype)
@@ -235,11 +285,14 @@ def _run_pgd(
             jnp.where(expand(better, images), new_points, points),
             fooled | wrong,
             jnp.where(better, new_loss, loss),
+            blind.both(also),
         )
 
-    examples = images.shape[:1]
-    start = images, jnp.zeros(examples, bool), jnp.full(examples, -jnp.inf, images.dtype)
-    return jax.lax.fori_loop(0, attack.restarts, run, start)[0]
+    none = differing(jnp.zeros_like(labels, bool), labels)
+    loss = differing(jnp.full_like(labels, -jnp.inf, images.dtype), labels)
+    start = images, none, loss, Blind(~none, none)
+    points, _, _, blind = jax.lax.fori_loop(0, attack.restarts, restart, start)
+    return points, blind
 
 
 def _logits(
@@ -257,9 +310,9 @@ def _network_key(attack: PGD, keys: jax.Array) -> jax.Array | None:
 
 
 def _objective(attack: PGD, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """What the attack raises, `[batch]`."""
-    loss = attack.loss(logits, targets)
-    return -loss if attack.targeted else loss
+    """What the attack climbs, `[batch]`."""
+    height = climbed(attack.loss)(logits, targets)
+    return -height if attack.targeted else height
 
 
 def _succeeded(attack: PGD, logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -269,18 +322,17 @@ def _succeeded(attack: PGD, logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _from_random_start(
-    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> jax.Array:
+    attack: PGD, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, Blind]:
     start = images
     if attack.random_start:
-        start = attack.threat.random_start(key, images)
+        start = attack.threat.random_start(keys, images)
     elif attack.start_noise:
-        start = images + attack.start_noise * gaussian_noise(key, images)
-    network_key = _network_key(attack, image_keys(key, images.shape[0]))
+        start = images + attack.start_noise * gaussian_noise(keys, images)
+    network_key = _network_key(attack, keys)
     return _ascend(attack, logits_fn, images, labels, start, network_key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _ascend(
     attack: PGD,
     logits_fn: LogitsFn,
@@ -288,43 +340,44 @@ def _ascend(
     labels: jax.Array,
     start: jax.Array,
     key: jax.Array | None = None,
-) -> jax.Array:
-    threat = attack.threat
-    step_size = attack.step_size
-    if step_size is None:
-        step_size = 2.5 * threat.epsilon / attack.steps
-
+) -> tuple[jax.Array, Blind]:
+    threat, step_size = attack.threat, attack.step_size
+    assert step_size is not None  # see `_run`
     targets = labels
     if attack.targets == "clean_logits":
         targets = _logits(attack, logits_fn, images, key)
 
-    def total_loss(candidates: jax.Array, *draw: jax.Array) -> jax.Array:
-        return _objective(attack, logits_fn(candidates, *draw), targets).sum()
+    def of_draw(candidates: jax.Array, *draw: jax.Array) -> tuple[jax.Array, None, jax.Array]:
+        def total(candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
+            height = _objective(attack, logits_fn(candidates, *draw), targets)
+            return height.sum(), height
+
+        gradient, height = jax.grad(total, has_aux=True)(candidates)
+        return -height if attack.targeted else height, None, gradient
 
     def gradient(candidates: jax.Array, index: jax.Array) -> jax.Array:
-        of_loss = jax.grad(total_loss)
         if key is None:
-            return of_loss(candidates)
+            return of_draw(candidates)[2]
         keys = jax.random.split(jax.random.fold_in(key, index), attack.draws)
-
-        def add(summed: jax.Array, draw: jax.Array) -> tuple[jax.Array, None]:
-            return summed + of_loss(candidates, draw), None
-
-        return jax.lax.scan(add, jnp.zeros_like(candidates), keys)[0] / attack.draws
+        of_log_odds = climbed(attack.loss) is losses.log_odds
+        return mean_over_draws(
+            functools.partial(of_draw, candidates), keys, of_log_odds=of_log_odds
+        )[1]
 
     def step(
-        index: jax.Array, carry: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[jax.Array, jax.Array | None]:
-        candidates, total = carry
+        index: jax.Array, carry: tuple[jax.Array, jax.Array | None, Blind]
+    ) -> tuple[jax.Array, jax.Array | None, Blind]:
+        candidates, total, blind = carry
         direction = gradient(candidates, index)
+        first = jax.tree.map(functools.partial(jnp.where, index == 0), Blind.of(direction), blind)
         if total is not None:
-            length = L1(0.0).distance(direction, jnp.zeros_like(direction))
-            total = direction = attack.momentum * total + direction / expand(
-                jnp.maximum(length, jnp.finfo(length.dtype).tiny), direction
-            )
+            unit = L1(1.0, sparsity=None).ascent(direction)
+            total = direction = attack.momentum * total + unit
         moved = candidates + step_size * threat.ascent(direction)
-        return threat.project(moved, images, box=attack.box_every_step), total
+        return threat.project(moved, images, box=attack.box_every_step), total, first
 
-    total = jnp.zeros_like(start) if attack.momentum else None
-    adversarial, _ = jax.lax.fori_loop(0, attack.steps, step, (start, total))
-    return jax.lax.stop_gradient(jnp.clip(adversarial, 0, 1))
+    total = differing(jnp.zeros_like(start), start) if attack.momentum else None
+    none = differing(jnp.zeros_like(labels, bool), labels)
+    carry = differing(start, images), total, Blind(none, none)
+    adversarial, _, blind = jax.lax.fori_loop(0, attack.steps, step, carry)
+    return jax.lax.stop_gradient(jnp.clip(adversarial, 0, 1)), blind

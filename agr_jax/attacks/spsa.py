@@ -12,8 +12,16 @@ import optax
 from jax import lax
 
 from agr_jax import losses
-from agr_jax.attacks.attack import LogitsFn, LossFn, as_pytree, check_inputs
-from agr_jax.threat import ThreatModel, check_threat, image_keys
+from agr_jax.attacks.attack import (
+    Blind,
+    LogitsFn,
+    LossFn,
+    climbed,
+    differing,
+    run,
+    warn_of_blind,
+)
+from agr_jax.threat import ThreatModel, check_threat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,32 +84,41 @@ class SPSA:
         """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
 
         Args:
-            logits_fn: maps images `[batch, ...]` to logits `[batch, classes]`, in evaluation mode.
-            images: floats in [0, 1].
+            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
+                evaluation mode; see `PGD.__call__`.
+            images: float32 or float64 in [0, 1].
             labels: `[batch]` integers.
             key: one JAX key, or one per image.
 
         Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range.
+            ValueError: as `PGD.__call__`.
+
+        Warns:
+            EvaluationWarning: as `PGD.__call__`, of the first estimate of the gradient.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
-        return _run(self, logits_fn, images, labels, key)
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
+
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """The same, with the images at which it was blind, without a warning of them."""
+        result: tuple[jax.Array, Blind] = run(_run, self, logits_fn, images, labels, key=key)
+        return result
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _run(
-    attack: SPSA, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> jax.Array:
-    keys = image_keys(key, images.shape[0])
+    attack: SPSA, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, Blind]:
     adam = optax.adam(attack.learning_rate)
     directions = attack.samples // 2
     at_once = min(attack.directions_at_once, directions)
     # The last group is filled up with directions of weight 0.
     groups = jnp.arange(-(-directions // at_once) * at_once).reshape(-1, at_once)
 
-    def step(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        points, state = carry
+    def step(index: jax.Array, carry: tuple[jax.Array, Any, Blind]) -> tuple[jax.Array, Any, Blind]:
+        points, state, blind = carry
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
 
         def along(direction: jax.Array) -> jax.Array:
@@ -117,14 +134,21 @@ def _run(
             return weight.reshape(-1, *(1 for _ in images.shape[1:])) * signs
 
         def loss(queries: jax.Array) -> jax.Array:
-            return attack.loss(logits_fn(queries), labels)
+            return climbed(attack.loss)(logits_fn(queries), labels)
 
         def add(total: jax.Array, group: jax.Array) -> tuple[jax.Array, None]:
             return total + jax.vmap(along)(group).sum(0), None
 
-        total, _ = lax.scan(add, jnp.zeros_like(images), groups)
+        total, _ = lax.scan(add, differing(jnp.zeros_like(images), images), groups)
+        first = functools.partial(jnp.where, index == 0)
+        blind = jax.tree.map(first, Blind.of(total), blind)
         updates, state = adam.update(-total / directions, state)
-        return attack.threat.project(points + updates, images), state
+        return attack.threat.project(points + updates, images), state, blind
 
-    points, _ = lax.fori_loop(0, attack.steps, step, (images, adam.init(images)))
-    return lax.stop_gradient(points)
+    none = differing(jnp.zeros_like(labels, bool), labels)
+    moments = jax.tree.map(
+        lambda leaf: differing(leaf, images) if leaf.shape == images.shape else leaf,
+        adam.init(images),
+    )
+    points, _, blind = lax.fori_loop(0, attack.steps, step, (images, moments, Blind(none, none)))
+    return lax.stop_gradient(points), blind

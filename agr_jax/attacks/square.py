@@ -14,8 +14,15 @@ import numpy as np
 from jax import lax
 
 from agr_jax import losses
-from agr_jax.attacks.attack import LogitsFn, Outcome, as_pytree, check_inputs
-from agr_jax.threat import L1, L2, Linf, expand, image_keys
+from agr_jax.attacks.attack import (
+    Blind,
+    LogitsFn,
+    Outcome,
+    as_array,
+    misclassified,
+    run,
+)
+from agr_jax.threat import L1, L2, Linf, expand
 
 # The share of the pixels in a window halves after these queries (of 10,000).
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -26,8 +33,8 @@ class Square:
     """Random search over squares (L-infinity) or pyramids (L2, L1) of falling size.
 
     Called as `attack(logits_fn, images, labels, key)`, under `jit` or not, with images
-    `[batch, height, width, channels]`. A proposal is kept where it raises the margin, and an image
-    is left alone as soon as its margin is no longer negative. Positions and signs are drawn for
+    `[batch, height, width, channels]`. A proposal is kept where it raises the margin or is
+    misclassified, and an image is left alone as soon as it is. Positions and signs are drawn for
     each image apart.
 
     Attributes:
@@ -71,18 +78,22 @@ class Square:
         """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
 
         Args:
-            logits_fn: maps images to logits `[batch, classes]`, in evaluation mode.
-            images: floats in [0, 1], `[batch, height, width, channels]`.
+            logits_fn: any callable that maps images to logits `[batch, classes]`, in evaluation
+                mode; see `PGD.__call__`.
+            images: float32 or float64 in [0, 1], `[batch, height, width, channels]`.
             labels: `[batch]` integers.
             key: one JAX key, or one per image.
 
         Raises:
-            ValueError: if images or labels have the wrong dtype, shape or range.
+            ValueError: as `PGD.__call__`.
+
+        Warns:
+            EvaluationWarning: as `PGD.__call__`, but of gradients.
         """
-        logits_fn = as_pytree(logits_fn)
-        check_inputs(images, labels, logits_fn)
-        _check_shape(images)
-        return _run(self, logits_fn, images, labels, key)
+        images = as_array(images)
+        check_shape(images.shape)
+        points: jax.Array = run(_run, self, logits_fn, images, labels, key=key)
+        return points
 
     def units(self, num_classes: int) -> int:
         """One: there are no restarts."""
@@ -99,8 +110,7 @@ class Square:
         """All queries; see `APGD.unit`."""
         state = self.begin(logits_fn, images, labels, keys)
         state = self.advance(logits_fn, images, labels, keys, state, 0, self.queries)
-        fooled = state.margin >= 0
-        return Outcome(state.points, fooled, jnp.zeros_like(fooled), jnp.zeros_like(fooled))
+        return Outcome(state.points, state.fooled, Blind.nowhere(labels))
 
     def begin(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
@@ -113,7 +123,8 @@ class Square:
         else:
             tiles = jax.vmap(functools.partial(_tiling, threat))(draw_keys, images)
             points = _onto_ball(threat, tiles, images)
-        return SquareState(points, losses.margin(logits_fn(points), labels))
+        logits = logits_fn(points)
+        return SquareState(points, losses.margin(logits, labels), misclassified(logits, labels))
 
     def advance(
         self,
@@ -130,16 +141,19 @@ class Square:
 
         def unfinished(carry: tuple[jax.Array, SquareState]) -> jax.Array:
             query, state = carry
-            return (query < last) & jnp.any(state.margin < 0)
+            return (query < last) & ~state.fooled.all()
 
         def one(carry: tuple[jax.Array, SquareState]) -> tuple[jax.Array, SquareState]:
             query, state = carry
             points = propose(keys, query, state.points)
-            margin = losses.margin(logits_fn(points), labels)
-            better = (margin > state.margin) & (state.margin < 0)
+            logits = logits_fn(points)
+            margin, wrong = losses.margin(logits, labels), misclassified(logits, labels)
+            # A margin of 0 is a tie, which the prediction decides.
+            better = ~state.fooled & (wrong | (margin > state.margin))
             return query + 1, SquareState(
                 jnp.where(expand(better, images), points, state.points),
                 jnp.where(better, margin, state.margin),
+                state.fooled | (better & wrong),
             )
 
         return lax.while_loop(unfinished, one, (jnp.asarray(first, jnp.int32), state))[1]
@@ -150,18 +164,18 @@ class SquareState(NamedTuple):
 
     Attributes:
         points: `[batch, ...]`, the best so far.
-        margin: `[batch]`, theirs; not negative once an image is fooled.
+        margin: `[batch]`, theirs.
+        fooled: booleans `[batch]`, whether they are misclassified.
     """
 
     points: jax.Array
     margin: jax.Array
+    fooled: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _run(
-    attack: Square, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    attack: Square, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
 ) -> jax.Array:
-    keys = image_keys(key, images.shape[0])
     wrong = jnp.argmax(logits_fn(images), axis=1) != labels
     points = attack.unit(logits_fn, images, labels, keys, 0).points
     return lax.stop_gradient(jnp.where(expand(wrong, images), images, points))
@@ -196,10 +210,15 @@ def _proposals(
     return pyramids
 
 
-def _check_shape(images: jax.Array) -> None:
-    if images.ndim != 4:
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Refuses images that have no height and width.
+
+    Raises:
+        ValueError: naming the shape.
+    """
+    if len(shape) != 4:
         raise ValueError(
-            f"Square needs images [batch, height, width, channels], got shape {images.shape}"
+            f"Square needs images [batch, height, width, channels], got shape {tuple(shape)}"
         )
 
 

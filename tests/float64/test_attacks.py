@@ -1,5 +1,7 @@
 """APGD and FAB in float64 against the reference's float64 runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from golden_networks import random_network, trained_network
 
 from agr_jax import losses
 from agr_jax.attacks import apgd, fab
-from agr_jax.attacks.attack import loop_on_device
+from agr_jax.attacks.attack import Blind, loop_on_device
 from agr_jax.attacks.fab import _nothing, _Step
 from agr_jax.threat import L1, L2, Linf
 
@@ -64,10 +66,11 @@ def test_apgd(golden, file, norm, loss):
     assert followed.sum() >= (6 if loss == "ce" else 1)
 
 
-@jax.jit
-def fab_run(step, logits_fn, count):
+@functools.partial(jax.jit, static_argnums=0)
+def fab_run(attack, logits_fn, images, labels, targets, count):
     """So many steps, a number that is traced: one program for all."""
-    start = step.images, _nothing(step.images, step.labels)
+    start = images, _nothing(images, labels), Blind.nowhere(labels)
+    step = _Step(attack, images, labels, targets)
     return loop_on_device(step, logits_fn, start, count)[1]
 
 
@@ -80,8 +83,8 @@ def test_fab(golden, norm):
     checked = 0
     for rank, steps in ((2, 10), (3, 10), (2, 100)):
         key = f"{norm}_single_t{rank}_n{steps}_"
-        step = _Step(fab(threat), images, labels, order[:, -rank])
-        distance = np.asarray(fab_run(step, logits_fn, steps).distance)
+        found = fab_run(fab(threat), logits_fn, images, labels, order[:, -rank], steps)
+        distance = np.asarray(found.distance)
         success = stored[f"{key}success64"].astype(bool)
         np.testing.assert_array_equal(np.isfinite(distance), success)
         expected = stored[f"{key}norm64"]
