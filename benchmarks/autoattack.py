@@ -261,6 +261,7 @@ def preactresnet18(options: argparse.Namespace, folder: Path) -> Problem:
     import jax.numpy as jnp
 
     from agr_jax import checkpoints, evaluate, interop, mesh, models, network, run_folder
+    from agr_jax.data.dataset import representative_order
 
     if options.run:
         run = Path(options.run)
@@ -268,7 +269,8 @@ def preactresnet18(options: argparse.Namespace, folder: Path) -> Problem:
         dataset = evaluate.dataset_from_config(config)
         on = mesh.data_mesh(jax.devices()[:1])
         classifier, _ = network.load_classifier(checkpoints.find(run), config, dataset, on)
-        images, labels = to_floats(dataset.test.images), dataset.test.labels
+        test = dataset.test.take(representative_order(dataset.test))
+        images, labels = to_floats(test.images), test.labels
     else:
         model = models.create("preactresnet18", 10, width=options.width)
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros([1, 32, 32, 3]))
