@@ -366,7 +366,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--golden", default=str(GOLDEN), help="folder with the weights of cnn")
     parser.add_argument("--run", default="", help="run folder of preactresnet18")
     parser.add_argument("--width", type=int, default=16, help="of preactresnet18 without --run")
-    parser.add_argument("--examples", type=int, default=0, help="first images; 0 for all")
+    parser.add_argument("--examples", type=int, default=0, help="number of test images; 0 for all")
     parser.add_argument("--norm", choices=list(NORMS), default="linf")
     parser.add_argument("--epsilon", type=float, help="8/255, 0.5 and 12 for linf, l2 and l1")
     parser.add_argument("--batch-size", type=int, default=250)

@@ -12,7 +12,7 @@ from agr_jax.attacks import named
 from agr_jax.attacks.journal import Journal
 from agr_jax.config import from_config_dict
 from agr_jax.errors import OtherEvaluationError
-from agr_jax.report.run_records import read_run
+from agr_jax.report.run_records import read_run, read_runs
 from agr_jax.threat import L1, Linf
 from configs import digits_at
 
@@ -255,7 +255,7 @@ def test_a_sweep_and_a_report_have_the_same_rule(tmp_path):
     planned = sweep.PlannedRun("run", CONFIG)
     folder = tmp_path / "run"
     (folder / "evaluations").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(sweep.dataclasses.asdict(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": CONFIG.epochs}) + "\n")
     old = entry("pgd20")
     del old["settings"]["draws"]
@@ -272,10 +272,23 @@ def test_a_sweep_and_a_report_have_the_same_rule(tmp_path):
         assert set(found) == {"pgd20-dense@l1"} | ({"pgd20"} if is_same else set())
         assert found["pgd20-dense@l1"].accuracy == 0.75
         assert found["pgd20-dense@l1"].images == "30"
+        reason = {} if is_same else {f"run/evaluations/{path.name}: pgd20": "step_size: 0.5 there"}
+        problems = {name: text.split(",")[0] for name, text in read_runs(tmp_path)[1].items()}
+        assert problems == reason
     drawn = {**content, "attacks": {"pgd20@l1": dense}, "selection": "30 drawn with seed 0 of 60"}
     path.with_name("last-drawn30.json").write_text(json.dumps(drawn))
     assert sweep._has(folder, planned, "last", sweep.Evaluation("", ("pgd20-dense@l1",), 30))
     assert not sweep._has(folder, planned, "last", sweep.Evaluation("", ("pgd20-dense@l1",), 0))
+    # The first images of an image folder, as earlier versions took them, do not stand for it.
+    data = dataclasses.replace(CONFIG.data, name="image_folder")
+    planned = dataclasses.replace(planned, config=dataclasses.replace(CONFIG, data=data))
+    wanted = sweep.Evaluation("", ("pgd20-dense@l1",), 30)
+    assert sweep._has(folder, planned, "last", wanted)
+    kept = path.rename(folder / "kept")
+    assert read_run(folder).attacks["pgd20-dense@l1"].images == "30 drawn"
+    kept.rename(path)
+    path.with_name("last-drawn30.json").unlink()
+    assert not sweep._has(folder, planned, "last", wanted)
 
 
 def test_progress_from_before_a_setting_goes_on(tmp_path):
