@@ -25,7 +25,10 @@ from orbax.checkpoint.checkpoint_managers import (
 from agr_jax.errors import CheckpointError
 
 PyTree = Any
+# What the best checkpoint is chosen by: accuracy on the held-out split, under attack, or, for a
+# method without an attack, on clean images. A checkpoint holds the one of these that counts.
 SELECTION_METRIC = "validation_robust_accuracy"
+CLEAN_SELECTION_METRIC = "validation_clean_accuracy"
 
 
 class Checkpoints:
@@ -34,12 +37,19 @@ class Checkpoints:
     Args:
         folder: made if missing.
         keep_steps: steps whose checkpoints are never deleted.
-        select_best: keep the checkpoint with the highest `SELECTION_METRIC` too.
+        select_best: keep the checkpoint with the highest metric too.
+        metric: by which the best one is chosen, `SELECTION_METRIC` or `CLEAN_SELECTION_METRIC`.
     """
 
     def __init__(
-        self, folder: Path, *, keep_steps: Iterable[int] = (), select_best: bool = False
+        self,
+        folder: Path,
+        *,
+        keep_steps: Iterable[int] = (),
+        select_best: bool = False,
+        metric: str = SELECTION_METRIC,
     ) -> None:
+        self._metric = metric
         policies = [LatestN(1), CustomSteps(list(keep_steps))]
         if select_best:
             policies.append(
@@ -72,7 +82,7 @@ class Checkpoints:
         """
         if step == self.latest_step():
             return
-        metrics = None if selection_metric is None else {SELECTION_METRIC: selection_metric}
+        metrics = None if selection_metric is None else {self._metric: selection_metric}
         items: dict[str, Any] = {
             "variables": ocp.args.StandardSave(variables),
             "optimizer": ocp.args.StandardSave(optimizer),
@@ -242,11 +252,18 @@ def _whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def _selection_metric(metrics: Any) -> float:
+    """Higher is better.
+
+    Runs without an attack have checkpoints of an earlier version that were scored under attack:
+    beside a clean accuracy these count least.
+    """
+    if CLEAN_SELECTION_METRIC in metrics:
+        return 1 + float(metrics[CLEAN_SELECTION_METRIC])
     return float(metrics[SELECTION_METRIC])
 
 
 def _score(step: Path) -> float | None:
     try:
-        return float(json.loads((step / "metrics" / "metrics").read_text())[SELECTION_METRIC])
-    except (OSError, ValueError, KeyError):
+        return _selection_metric(json.loads((step / "metrics" / "metrics").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -267,10 +267,12 @@ class EvalConfig:
     Attributes:
         attacks: names such as `clean`, `pgd20`, `pgd20@l2`, `pgd20@linf=16/255`, `table1`; all are
             listed in `agr_jax.attacks.named`.
-        examples: the first n images of the test set; 0 for all.
+        examples: number of test images, 0 for all: the first ones, or, where the test set is
+            ordered by class as an image folder is, as many drawn with a seed that all runs share.
         batch_size: images per batch; changes the speed, not the result.
         step_size: of PGD in the run's ball; in others it is 2.5 epsilon over the steps.
-        every_epochs: how often the held-out split is attacked with the training attack.
+        every_epochs: how often the held-out split is attacked with the training attack, which
+            chooses the best checkpoint (a method without an attack: its clean accuracy does).
         checkpoints: of `last`, `best` and `average`, as far as the run has them.
         l2_epsilon: radius of `@l2` attacks, where the run's norm is another.
         l1_epsilon: radius of `@l1` attacks, where the run's norm is another.
@@ -292,7 +294,8 @@ class MeasureConfig:
 
     Attributes:
         names: of `boundary`, `landscape` and `mechanism`.
-        images: test images of `boundary` (correct ones) and of `landscape`.
+        images: number of test images of `boundary` (correct ones) and of `landscape`, chosen as
+            those of `eval.examples`.
         directions: random directions for each image of `boundary`.
         most_steps: of 1/255 along a direction.
         points: of the grid along a direction of the weights; an odd number has w itself.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
+import itertools
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import agr_jax
-from agr_jax import checkpoints, mesh, network, run_folder
+from agr_jax import checkpoints, evaluation_records, mesh, network, run_folder
 from agr_jax import config as config_module
 from agr_jax.attacks import PGD, Attack, AutoAttack, named
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
@@ -26,9 +25,10 @@ from agr_jax.attacks.pgd import too_short
 from agr_jax.config import Config
 from agr_jax.data import Dataset, Split, load_dataset, to_unit_range
 from agr_jax.data.batches import evaluation_batches
+from agr_jax.data.dataset import Part, part_of
 from agr_jax.errors import CheckpointError, ConfigError, NonFiniteLossError, OtherEvaluationError
 from agr_jax.image_masks import encode_mask
-from agr_jax.metrics import Progress, write_atomically
+from agr_jax.metrics import Progress
 from agr_jax.models import Classifier
 
 
@@ -38,19 +38,8 @@ def make_attacks(config: Config) -> dict[str, Attack | None]:
     Raises:
         ConfigError: on an unknown name.
     """
-    settings = config.eval
-    radii = {"linf": 8 / 255, "l2": settings.l2_epsilon, "l1": settings.l1_epsilon}
-    radii[config.attack.norm] = config.attack.epsilon
-    return {
-        name: named.make(
-            name,
-            norm=config.attack.norm,
-            radii=radii,
-            step_size=settings.step_size,
-            batch_size=settings.batch_size,
-        )
-        for name in named.names(settings.attacks)
-    }
+    names = named.names(config.eval.attacks)
+    return {name: evaluation_records.make_attack(config, name) for name in names}
 
 
 def correct_under_attack(
@@ -150,12 +139,12 @@ def evaluate_run(
 ) -> list[dict[str, Any]]:
     """Evaluates checkpoints of a run on the test set, and saves `evaluations/<which>.json`.
 
-    With fewer than all test images the file is `<which>-first<n>.json`, so that it never replaces
-    the whole evaluation; a label comes before that, `<which>-<label>-first<n>.json`. Other attacks
-    that the file has of the same network, images and seed stay in it, each with the `environment`
-    that it ran in, but for those to which the config now gives other settings. What is done is kept
-    batch by batch: the same call continues an evaluation that was killed, and ends with the same
-    result.
+    With fewer than all test images the file is `<which>-first<n>.json`, or `<which>-drawn<n>.json`
+    where the test set is ordered by class (see `test_part`), so that it never replaces the whole
+    evaluation; a label comes before that, `<which>-<label>-first<n>.json`. Other attacks that the
+    file has of the same evaluation stay in it, each with the `environment` that it ran in; all else
+    that it has is kept under `earlier` (see `evaluation_records`). What is done is kept batch by
+    batch: the same call continues an evaluation that was killed, and ends with the same result.
 
     Args:
         folder: the run folder.
@@ -178,11 +167,9 @@ def evaluate_run(
     attacks = make_attacks(config)
     dataset = dataset if dataset is not None else dataset_from_config(config)
     on = on if on is not None else mesh.data_mesh()
+    part = test_part(config, dataset)
     split = test_split(config, dataset)
-    examples = len(split.labels)
-    subset = f"-{label}" if label else ""
-    if examples != len(dataset.test.labels):
-        subset += f"-first{examples}"
+    subset = (f"-{label}" if label else "") + part.suffix
     records = []
     for name in which:
         try:
@@ -206,7 +193,8 @@ def evaluate_run(
             "weights": "moving average" if averaged else "as trained",
             "data": dataset.describe(),
             "complete_data": dataset.complete,
-            "examples": examples,
+            "examples": len(part),
+            "selection": str(part),
             "seed": config.seed,
             "threat": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
             "digests": digests,
@@ -217,70 +205,55 @@ def evaluate_run(
         # What is done of attacks that are not asked for now stays there.
         unfinished = run_folder.evaluations_path(folder) / f".{name}{subset}"
         with run_folder.locked(unfinished):
-            record["attacks"] = _earlier_attacks(path, record, config)
+            kept, earlier = _carried_over(path, record, config)
+            record["attacks"] = kept
+            done = []
             for attack_name, attack in attacks.items():
                 arguments = attack_name, attack, classifier, split, config, on, digests
-                done = unfinished / attack_name.replace("/", "-")
-                try:
-                    found = _evaluate_attack(*arguments, done)
-                except OtherEvaluationError as error:
-                    print(f"beginning anew: {error}", flush=True)
-                    shutil.rmtree(done)
-                    found = _evaluate_attack(*arguments, done)
+                begun = unfinished / attack_name.replace("/", "-")
+                found, where = _continued(begun, functools.partial(_evaluate_attack, *arguments))
                 record["attacks"][attack_name] = found
-            write_atomically(path, json.dumps(record, indent=2) + "\n")
-            for attack_name in attacks:
-                shutil.rmtree(unfinished / attack_name.replace("/", "-"), ignore_errors=True)
+                done.append(where)
+            if earlier:
+                record["earlier"] = earlier
+            evaluation_records.write(path, record)
+            for where in done:
+                shutil.rmtree(where, ignore_errors=True)
             if {path.name for path in unfinished.iterdir()} == {".lock"}:
                 shutil.rmtree(unfinished)
         records.append(record)
     return records
 
 
-def _earlier_attacks(path: Path, record: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What a file has of the same checkpoint and images, with the environment it ran in.
+def _carried_over(
+    path: Path, record: Mapping[str, Any], config: Config
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a file has of this evaluation, and what else it has, which stays in it too."""
+    stored = evaluation_records.read(path)
+    # The images' digest knows them wherever they lie; what describes them names the folder, but
+    # files of earlier versions have no digests.
+    images = "digests" if "digests" in stored else "data"
+    asked = {name: record[name] for name in ("step", "seed", "examples", images)}
+    kept, earlier, moved = evaluation_records.carry_over(stored, config, asked)
+    for result in moved:
+        print(f"{path}: {result.name} is kept under 'earlier': {result.reason}", flush=True)
+    return kept, earlier
 
-    Attacks that this config gives other settings are left out. Files of earlier versions have no
-    digests.
+
+def _continued(
+    folder: Path, evaluate: Callable[[Path], dict[str, Any]]
+) -> tuple[dict[str, Any], Path]:
+    """What an evaluation gives that keeps its batches in a folder, and the folder.
+
+    Where the folder has those of another evaluation, they stay, and a folder beside it is taken.
     """
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        if earlier["step"] != record["step"]:
-            return {}
-        # The images' digest knows them wherever they lie; what describes them names the folder.
-        images = "digests" if "digests" in earlier else "data"
-        same = all(earlier[n] == record[n] for n in ("seed", "threat", "examples", images))
-        kept = {
-            name: {"environment": earlier["environment"], **entry}
-            for name, entry in earlier["attacks"].items()
-            if same and _is_result_of(name, entry, config)
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        print(f"{path} is damaged, and is replaced", flush=True)
-        return {}
-    left_out = [name for name in earlier["attacks"] if name not in kept]
-    if left_out:
-        print(
-            f"{path}: {', '.join(left_out)} left out: of other settings, weights or images",
-            flush=True,
-        )
-    return kept
-
-
-def _is_result_of(name: str, entry: Mapping[str, Any], config: Config) -> bool:
-    """Whether an entry has the settings that this config gives the attack of its name."""
-    eval_alone = dataclasses.replace(config.eval, attacks=(name,))
-    try:
-        (attack,) = make_attacks(dataclasses.replace(config, eval=eval_alone)).values()
-    except ConfigError:
-        return False
-    if isinstance(attack, AutoAttack):
-        threat = attack.threat
-        expected = (attack.title, type(threat).__name__, threat.epsilon)
-        return expected == (entry["title"], entry["norm"], entry["epsilon"])
-    return bool(entry["settings"] == json.loads(json.dumps(named.describe(attack))))
+    for number in itertools.count(2):
+        try:
+            return evaluate(folder), folder
+        except OtherEvaluationError as error:
+            print(f"beginning anew in a folder beside: {error}", flush=True)
+            folder = folder.with_name(f"{folder.name.partition('.other-')[0]}.other-{number}")
+    raise AssertionError("there is always another number")
 
 
 def _evaluate_attack(
@@ -300,9 +273,14 @@ def _evaluate_attack(
         key = jax.random.key(config.seed)
         result = attack.evaluate(classifier, images, split.labels, key, folder=folder, on=on)
         correct = result.robust
-        found = {"correct": int(correct.sum()), **result.as_dict()}
+        found = {
+            "correct": int(correct.sum()),
+            **result.as_dict(),
+            "settings": named.describe(attack),
+        }
     else:
         settings = named.describe(attack)
+        absent = evaluation_records.default_settings(attack)
         identity = {
             **{field: str(value) for field, value in settings.items()},
             "seed": config.seed,
@@ -320,7 +298,7 @@ def _evaluate_attack(
                 batch_size=config.eval.batch_size,
                 on=on,
                 progress=progress,
-                journal=Journal(folder, identity),
+                journal=Journal(folder, identity, {n: str(v) for n, v in absent.items()}),
             )
         found = {
             "correct": int(correct.sum()),
@@ -335,18 +313,30 @@ def _evaluate_attack(
 
 
 def test_split(config: Config, dataset: Dataset) -> Split:
-    """The first `config.eval.examples` test images; all for 0.
+    """The test images that `config.eval.examples` asks for; see `test_part`.
 
     Raises:
         ConfigError: if the test set has fewer.
     """
-    examples = config.eval.examples or len(dataset.test.labels)
-    if examples > len(dataset.test.labels):
+    part = test_part(config, dataset)
+    return dataset.test.take(part.rows) if part.suffix else dataset.test
+
+
+def test_part(config: Config, dataset: Dataset) -> Part:
+    """Which test images these are: all for 0, or else as many as are asked for.
+
+    The first ones, or, where the test set is ordered by class, some drawn with a seed that all runs
+    share; see `agr_jax.data.dataset.part_of`.
+
+    Raises:
+        ConfigError: if the test set has fewer.
+    """
+    examples = config.eval.examples or len(dataset.test)
+    if examples > len(dataset.test):
         raise ConfigError(
-            f"config.eval.examples: {examples} asked for, the test set has "
-            f"{len(dataset.test.labels)}"
+            f"config.eval.examples: {examples} asked for, the test set has {len(dataset.test)}"
         )
-    return Split(dataset.test.images[:examples], dataset.test.labels[:examples])
+    return part_of(dataset.test, examples)
 
 
 def dataset_from_config(config: Config) -> Dataset:
@@ -370,24 +360,22 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as a Markdown table, accuracies in percent."""
     if not records:
         raise CheckpointError("nothing was evaluated")
-    names = list(dict.fromkeys(name for record in records for name in record["attacks"]))
+    attacks = [evaluation_records.attacks_of(record) for record in records]
+    names = list(dict.fromkeys(name for found in attacks for name in found))
     titles = [named.title(name) for name in names]
     lines = [
         "| checkpoint | epoch | " + " | ".join(titles) + " |",
         "|---|---|" + "---|" * len(titles),
     ]
-    for record in records:
-        cells = [
-            f"{100 * record['attacks'][name]['accuracy']:.2f}" if name in record["attacks"] else "-"
-            for name in names
-        ]
+    for record, found in zip(records, attacks, strict=True):
+        cells = [f"{100 * found[name]['accuracy']:.2f}" if name in found else "-" for name in names]
         lines.append(f"| {record['checkpoint']} | {record['epoch']} | " + " | ".join(cells) + " |")
     record = records[0]
     note = "" if record["complete_data"] else "; a SUBSET of the data set, not comparable"
     threat, settings = record["threat"], record["config"]["eval"]
     lines.append("")
     lines.append(
-        f"% correct of {record['examples']} test images, {threat['norm']} "
+        f"% correct of {record['examples']} test images{_selection(record)}, {threat['norm']} "
         f"epsilon {threat['epsilon']:.4g}, seed {record['seed']}{note}"
     )
     radii = {"linf": 8 / 255, "l2": settings["l2_epsilon"], "l1": settings["l1_epsilon"]}
@@ -395,13 +383,25 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     others = {each.norm for each in asked if each.norm and each.epsilon is None}
     for norm in sorted(others - {threat["norm"]}):
         lines.append(f"columns {norm.capitalize()}: epsilon {radii[norm]:.4g}")
-    for each in records:
-        for name, found in each["attacks"].items():
+    for each, of_each in zip(records, attacks, strict=True):
+        for name, found in of_each.items():
             lines += [
                 f"warning ({each['checkpoint']}, {named.title(name)}): {message}"
                 for message in found.get("warnings", [])
             ]
+        lines += [
+            f"earlier, not in this table ({each['checkpoint']}, {named.title(name)}): "
+            f"{entry.get('reason')}"
+            for group in each.get("earlier", [])
+            for name, entry in evaluation_records.attacks_of(group).items()
+        ]
     return "\n".join(lines)
+
+
+def _selection(record: Mapping[str, Any]) -> str:
+    """Which test images, in brackets; nothing for all of them."""
+    selection = record.get("selection", "all ")  # files of earlier versions do not say it
+    return "" if selection.startswith("all ") else f" ({selection})"
 
 
 def provenance(config: Config, on: Mesh) -> dict[str, Any]:

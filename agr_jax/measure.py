@@ -8,7 +8,6 @@ way of combining the gradients does to both losses, to first order (`docs/experi
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from agr_jax import (
     agr_transform,
     checkpoints,
     evaluate,
+    evaluation_records,
     leaf_names,
     losses,
     mesh,
@@ -34,10 +34,10 @@ from agr_jax import (
 )
 from agr_jax.attacks import LogitsFn
 from agr_jax.config import Config
-from agr_jax.data import Dataset, to_unit_range
+from agr_jax.data import Dataset, Split, to_unit_range
+from agr_jax.data.dataset import PART_SEED, part_of, representative_order
 from agr_jax.data.feed import TrainingImages
 from agr_jax.errors import ConfigError
-from agr_jax.metrics import write_atomically
 from agr_jax.models import Classifier
 from agr_jax.train_step import TrainState
 
@@ -94,8 +94,22 @@ def measure_run(
     }
     path = run_folder.measurements_path(folder) / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    if earlier := _earlier(path, record):
+        record["earlier"] = earlier
+    evaluation_records.write(path, record)
     return record
+
+
+def _earlier(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file has of other measurements, such as of another step: they stay in it."""
+    stored = evaluation_records.read(path)
+    own = {name: value for name, value in stored.items() if name != "earlier"}
+    earlier = evaluation_records.earlier_groups(stored)
+    is_other = any(own.get(name) != record[name] for name in ("step", "seed", "data"))
+    settings = own.get("config")
+    theirs = settings.get("measure") if isinstance(settings, dict) else None
+    is_other = is_other or theirs != record["config"]["measure"]
+    return [own, *earlier] if own and is_other else earlier
 
 
 # ---- Figure 4
@@ -106,10 +120,12 @@ def boundary(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh)
 
     A direction gives every pixel a sign, drawn anew for each direction (the paper does not say
     which directions it takes), and points are clipped to [0, 1]. The images are the first
-    `measure.images` test images that are classified correctly.
+    `measure.images` test images that are classified correctly, in the order in which the first ones
+    stand for the whole test set (`agr_jax.data.dataset.representative_order`).
     """
     settings = config.measure
-    images, labels = _test_images(dataset, len(dataset.test))
+    order = representative_order(dataset.test)
+    images, labels = _as_floats(dataset.test.take(order))
     key = jax.random.fold_in(jax.random.key(config.seed), 4)
     predict = jax.jit(lambda classifier, x: jnp.argmax(classifier(x), axis=1))
     correct: list[int] = []
@@ -133,6 +149,7 @@ def boundary(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh)
     counted = np.sort(np.concatenate(steps)) if len(rows) else np.zeros(0, int)
     return {
         "images": len(rows),
+        "selection": f"of those classified correctly, {_order_of(dataset.test)}",
         "directions": settings.directions,
         "step_length": 1 / 255,
         "most_steps": settings.most_steps,
@@ -184,7 +201,8 @@ def landscape(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
     the steps of the training attack.
     """
     settings = config.measure
-    images, labels = _test_images(dataset, settings.images)
+    part = part_of(dataset.test, min(settings.images, len(dataset.test)))
+    images, labels = _as_floats(dataset.test.take(part.rows))
     key = jax.random.fold_in(jax.random.key(config.seed), 5)
     attack = methods.validation_attack(config.attack)
 
@@ -209,7 +227,7 @@ def landscape(config: Config, classifier: Classifier, dataset: Dataset, on: Mesh
             "clean_loss": [float(clean) for clean, _ in values],
             "adversarial_loss": [float(adversarial) for _, adversarial in values],
         }
-    return {"images": len(labels), **curves}
+    return {"images": len(labels), "selection": str(part), **curves}
 
 
 def gaussian_like(key: jax.Array, params: PyTree) -> PyTree:
@@ -336,7 +354,11 @@ def _mean_and_deviation(values: list[Any]) -> dict[str, float]:
     return {"mean": float(numbers.mean()), "std": float(numbers.std(ddof=1))}
 
 
-def _test_images(dataset: Dataset, count: int) -> tuple[jax.Array, jax.Array]:
-    """The first test images, as floats in [0, 1], and their labels."""
-    test = dataset.test
-    return to_unit_range(jnp.asarray(test.images[:count])), jnp.asarray(test.labels[:count])
+def _as_floats(split: Split) -> tuple[jax.Array, jax.Array]:
+    """Images as floats in [0, 1], and their labels."""
+    return to_unit_range(jnp.asarray(split.images)), jnp.asarray(split.labels)
+
+
+def _order_of(split: Split) -> str:
+    """How `representative_order` orders a split."""
+    return f"drawn with seed {PART_SEED}" if split.ordered_by_class else "first"

@@ -65,7 +65,7 @@ def cautions(config: Config) -> list[str]:
         if start is not None and start >= epochs
     ]
     message = too_short(methods.training_attack(config.attack))
-    if config.method != "standard" and message:
+    if message and methods.from_config(config).is_adversarial:
         found.append(f"config.attack.step_size: {message}")
     return [f"caution: {each}" for each in found]
 
@@ -95,12 +95,12 @@ def epoch_line(config: Config, record: dict[str, Any]) -> str:
         "clean_loss": "clean loss {:.3f}",
         "adversarial_loss": "adversarial loss {:.3f}",
         "adversarial_accuracy": "training robust accuracy {:.1%}",
-        "validation_clean_accuracy": "held-out clean {:.1%}",
+        checkpoints.CLEAN_SELECTION_METRIC: "held-out clean {:.1%}",
         checkpoints.SELECTION_METRIC: "robust {:.1%}",
         "projected": "projected {:.0%}",
         "images_per_second": "{:.0f} images/s",
     }
-    if config.method == "standard":
+    if not methods.from_config(config).is_adversarial:
         shown["adversarial_loss"] = "loss {:.3f}"
         shown["adversarial_accuracy"] = "training accuracy {:.1%}"
     parts += [text.format(record[name]) for name, text in shown.items() if name in record]

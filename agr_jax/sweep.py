@@ -13,7 +13,16 @@ from typing import Any
 
 import jax
 
-from agr_jax import evaluate, measure, mesh, optim, run_folder, train
+from agr_jax import (
+    evaluate,
+    evaluation_records,
+    measure,
+    mesh,
+    methods,
+    optim,
+    run_folder,
+    train,
+)
 from agr_jax.attacks import named
 from agr_jax.config import Config, from_config_dict
 from agr_jax.errors import ConfigError, UserError
@@ -27,7 +36,7 @@ class Evaluation:
     Attributes:
         label: part of its file's name.
         attacks: as `config.eval.attacks`.
-        examples: the first n test images; 0 for all.
+        examples: number of test images, as `config.eval.examples`; 0 for all.
     """
 
     label: str
@@ -189,8 +198,11 @@ def time_left(sweep: Sweep, left: Iterable[PlannedRun]) -> str:
 
 def passes_per_image(config: Config) -> float:
     """Forward passes of one training image in one epoch, a backward pass counted as one or two."""
-    if config.method == "standard":
-        return 3
+    try:
+        if not methods.from_config(config).is_adversarial:
+            return 3
+    except UserError:  # one's own, which cannot be imported: the run itself will say so
+        pass
     clean_gradient = config.diagnostics or any(
         start is not None for start in optim.start_epochs(config.agr)
     )
@@ -246,23 +258,24 @@ def _is_done(folder: Path, planned: PlannedRun, wanted: Evaluation) -> bool:
 
 
 def _has(folder: Path, planned: PlannedRun, which: str, wanted: Evaluation) -> bool:
-    label = f"-{wanted.label}" if wanted.label else ""
-    for path in run_folder.evaluations_path(folder).glob(f"{which}{label}*.json"):
+    title = f"{which}-{wanted.label}" if wanted.label else which
+    attacks = set(named.names(wanted.attacks))
+    asked: dict[str, Any] = {"epoch": planned.config.epochs}
+    if wanted.examples:
+        asked["examples"] = wanted.examples
+    for path in run_folder.evaluations_path(folder).glob(f"{title}*.json"):
+        if evaluation_records.file_title(path) != title:
+            continue
+        if not wanted.examples and evaluation_records.is_part(path):
+            continue
+        if planned.config.data.name == "image_folder" and "-first" in path.stem:
+            continue  # of an earlier version: the first images are those of the first classes
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            subset = f"-first{record['examples']}"
-            named_so = path.stem.removesuffix(subset) == f"{which}{label}"
-            fits = record["epoch"] == planned.config.epochs and named_so
-            asked = wanted.examples in (0, record["examples"])
-            whole = bool(wanted.examples) or not path.stem.endswith(subset)
-            if (
-                fits
-                and asked
-                and whole
-                and set(named.names(wanted.attacks)) <= set(record["attacks"])
-            ):
+            found = evaluation_records.results(record, planned.config, asked)
+            if attacks <= {result.name for result in found if not result.reason}:
                 return True
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, AttributeError):  # damaged: what it holds is not there
             continue
     return False
 

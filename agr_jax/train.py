@@ -171,6 +171,7 @@ def _train(
             run_folder.checkpoints_path(folder),
             keep_steps=[epoch * per_epoch for epoch in config.checkpoints.keep_epochs],
             select_best=config.data.validation_examples > 0,
+            metric=selection_metric(trainer.method),
         ) as saved,
     ):
         fresh = trainer.init(init_key, dataset.image_shape)
@@ -265,7 +266,7 @@ def _train(
                     or done in config.checkpoints.keep_epochs
                     or scores  # the best epoch must be there to be chosen
                 ):
-                    save(end, scores.get(checkpoints.SELECTION_METRIC))
+                    save(end, scores.get(selection_metric(trainer.method)))
                 if stop.signal is not None:
                     return leave(end, stop.signal)
     return 0
@@ -364,7 +365,7 @@ def _validate(
     model = network.from_config(config, dataset.num_classes)
     classifier = Classifier(model, state.average or state.variables)
     attack = methods.validation_attack(config.attack)
-    names = {"validation_clean_accuracy": None, checkpoints.SELECTION_METRIC: attack}
+    names = {checkpoints.CLEAN_SELECTION_METRIC: None, checkpoints.SELECTION_METRIC: attack}
     return {
         name: float(
             evaluate.correct_under_attack(
@@ -378,6 +379,16 @@ def _validate(
         )
         for name, attack in names.items()
     }
+
+
+def selection_metric(method: methods.Method) -> str:
+    """By which of the held-out split's accuracies a method's best checkpoint is chosen.
+
+    Under attack a network that was trained without one is near chance in every epoch.
+    """
+    if method.is_adversarial:
+        return checkpoints.SELECTION_METRIC
+    return checkpoints.CLEAN_SELECTION_METRIC
 
 
 def matmul_precision(name: str) -> Any:

@@ -261,6 +261,7 @@ def preactresnet18(options: argparse.Namespace, folder: Path) -> Problem:
     import jax.numpy as jnp
 
     from agr_jax import checkpoints, evaluate, interop, mesh, models, network, run_folder
+    from agr_jax.data.dataset import representative_order
 
     if options.run:
         run = Path(options.run)
@@ -268,7 +269,8 @@ def preactresnet18(options: argparse.Namespace, folder: Path) -> Problem:
         dataset = evaluate.dataset_from_config(config)
         on = mesh.data_mesh(jax.devices()[:1])
         classifier, _ = network.load_classifier(checkpoints.find(run), config, dataset, on)
-        images, labels = to_floats(dataset.test.images), dataset.test.labels
+        test = dataset.test.take(representative_order(dataset.test))
+        images, labels = to_floats(test.images), test.labels
     else:
         model = models.create("preactresnet18", 10, width=options.width)
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros([1, 32, 32, 3]))
@@ -364,7 +366,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--golden", default=str(GOLDEN), help="folder with the weights of cnn")
     parser.add_argument("--run", default="", help="run folder of preactresnet18")
     parser.add_argument("--width", type=int, default=16, help="of preactresnet18 without --run")
-    parser.add_argument("--examples", type=int, default=0, help="first images; 0 for all")
+    parser.add_argument("--examples", type=int, default=0, help="number of test images; 0 for all")
     parser.add_argument("--norm", choices=list(NORMS), default="linf")
     parser.add_argument("--epsilon", type=float, help="8/255, 0.5 and 12 for linf, l2 and l1")
     parser.add_argument("--batch-size", type=int, default=250)

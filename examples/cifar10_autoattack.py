@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mean", type=float, nargs="+", help="where the file does not say it")
     parser.add_argument("--std", type=float, nargs="+")
     parser.add_argument("--normalisation", choices=["fixed"], help="where the loader asks for it")
-    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=1000, help="the first test images")
     parser.add_argument("--epsilon", type=float, default=8 / 255)
     parser.add_argument("--version", default="standard", help="or fast, which is not AutoAttack")
     parser.add_argument("--folder", help="what is done is kept here; the same command goes on")

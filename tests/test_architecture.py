@@ -35,6 +35,7 @@ ORDER = [
     "run_folder",
     "image_masks",
     "network",
+    "evaluation_records",
     "evaluate",
     "interruption",
     "train_step",

@@ -6,10 +6,12 @@ import re
 
 import pytest
 
-from agr_jax import losses
+from agr_jax import losses, methods
 from agr_jax.attacks import APGD, FAB, FGSM, PGD, SPSA, AutoAttack, cw_l2, mim, named
+from agr_jax.config import from_config_dict
 from agr_jax.errors import ConfigError
 from agr_jax.threat import L1, L2, Linf
+from configs import digits_at
 
 RADII = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
 
@@ -27,7 +29,10 @@ def test_every_documented_name():
     assert make("cw20") == PGD(Linf(8 / 255), steps=20, step_size=2 / 255, loss=losses.margin)
     assert make("pgd20@l2") == PGD(L2(0.5), steps=20)
     assert make("pgd20@l2", "l2") == PGD(L2(0.5), steps=20, step_size=2 / 255)
-    assert make("pgd20@l1") == PGD(L1(12.0, sparsity=None), steps=20)
+    assert make("pgd20@l1") == make("slide20@l1") == PGD(L1(12.0), steps=20)
+    assert make("pgd20-dense@l1") == PGD(L1(12.0, sparsity=None), steps=20)
+    assert make("pgd20x5-dense", "l1").threat.sparsity is None
+    assert make("cw20-dense@l1=3") == PGD(L1(3.0, sparsity=None), steps=20, loss=losses.margin)
     assert make("pgd20@linf=16/255") == PGD(Linf(16 / 255), steps=20)
     assert make("pgd20@linf=8/255") == make("pgd20")
     assert make("autoattack@l2=0.25") == AutoAttack(L2(0.25), batch_size=100)
@@ -44,7 +49,8 @@ def test_every_documented_name():
     documented = set(re.findall(r"`([a-z0-9@<>-]+)`", named.__doc__))
     for name in documented - {"linf", "@linf", "@l2", "@l1", "table1", "table2"}:
         plain = name.replace("<n>", "20").replace("<r>", "5")
-        make(plain + {"slide": "@l1", "cw-l2": "@l2"}.get(plain[:5], ""))
+        only = "@l1" if plain.startswith("slide") or plain.endswith("-dense") else ""
+        make(plain + ("@l2" if plain == "cw-l2" else only))
     assert len(documented) > 15
 
 
@@ -60,6 +66,10 @@ def test_every_documented_name():
         "autoattack-rand",
         "",
         "slide20",
+        "pgd20-dense",
+        "slide20-dense@l1",
+        "mim20-dense@l1",
+        "fgsm-dense@l1",
         "ifgsm10x5",
         "mim10x5",
         "cw-l2",
@@ -90,6 +100,16 @@ def test_tables_stand_for_their_columns():
         make(name)
 
 
+@pytest.mark.parametrize("name", ["pgd20", "cw20", "fgsm", "ifgsm5", "mim5", "slide20", "spsa"])
+def test_under_l1_a_name_means_what_it_means_in_python(name):
+    """The ball of a table's attack is that of `pgd(L1(e))`, and of the training attack."""
+    assert make(name, "l1").threat == make(f"{name}@l1").threat == L1(12.0)
+    attack = dataclasses.replace(
+        from_config_dict(digits_at.get_config()).attack, norm="l1", epsilon=12.0
+    )
+    assert methods.training_attack(attack).threat == L1(12.0)
+
+
 def test_titles():
     titles = {
         "clean": "clean",
@@ -97,6 +117,9 @@ def test_titles():
         "pgd20": "PGD-20",
         "pgd20x5": "PGD-20 x 5",
         "pgd20@l2": "PGD-20, L2",
+        "pgd20-dense@l1": "PGD-20 dense, L1",
+        "cw20x3-dense@l1=2": "CW-inf-20 x 3 dense, L1 2",
+        "spsa10": "SPSA-10",
         "pgd20@linf=16/255": "PGD-20, Linf 16/255",
         "cw20": "CW-inf-20",
         "cw-l2@l2": "CW-L2",

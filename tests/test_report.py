@@ -16,7 +16,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from agr_jax import config as config_module
-from agr_jax import measure, run_folder, sweep, train
+from agr_jax import evaluation_records, measure, run_folder, sweep, train
+from agr_jax.attacks import named
 from agr_jax.config import from_config_dict
 from agr_jax.errors import ConfigError, RunFolderError
 from agr_jax.image_masks import decode_mask, encode_mask
@@ -109,6 +110,11 @@ def test_filter_normalisation():
 # ---- made run folders
 
 
+def settings(config, attack):
+    """What a record says of an attack's settings."""
+    return named.describe(evaluation_records.make_attack(config, attack))
+
+
 def made_run(
     root, name, arm, *, seed=0, method="at", accuracy=0.5, scale="small", base="", mask=None
 ):
@@ -142,6 +148,7 @@ def made_run(
             "correct": int(mask.sum()),
             "accuracy": float(mask.mean()),
             "correct_images": encode_mask(mask),
+            "settings": settings(config, attack),
         }
         for attack in ("clean", "fgsm", "pgd20", "fast", "pgd20@l2")
     }
@@ -534,7 +541,7 @@ def answers_of(root, correct, *, robust=(), best=()):
         record = json.loads(path.read_text())
         mask = encode_mask(first(count))
         found = {"accuracy": count / 1000, "correct": count, "correct_images": mask}
-        record["attacks"][attack] = found
+        record["attacks"][attack] |= found
         path.write_text(json.dumps(record))
     for name, count in best:
         folder = made_run(root, name, "off", mask=first(count))
@@ -793,7 +800,8 @@ def test_a_sweep_wants_the_average_and_this_epoch(tmp_path):
     (folder / "metrics.jsonl").write_text('{"epoch": 60}\n')
 
     def save(name, attacks, examples=1000):
-        record = {"epoch": 60, "examples": examples, "attacks": {attack: {} for attack in attacks}}
+        entries = {a: {"accuracy": 0.5, "settings": settings(best.config, a)} for a in attacks}
+        record = {"epoch": 60, "examples": examples, "attacks": entries}
         (folder / f"evaluations/{name}.json").write_text(json.dumps(record))
 
     for which in ("last", "average"):

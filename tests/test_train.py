@@ -134,21 +134,69 @@ def test_an_evaluation_adds_to_the_one_before(finished, tmp_path, capsys):
     moved = json.loads(file.read_text())
     file.write_text(json.dumps({**moved, "data": "images from elsewhere"}))
     assert list(evaluated(folder, attacks=("clean",))["attacks"]) == list(record["attacks"])
-    # An older version's file has no digests; other settings leave out what depends on them.
+    # An older version's file has no digests, and lacks younger settings.
     old = json.loads(file.read_text())
-    del old["digests"]
+    del old["digests"], old["selection"]
+    for setting in ("targeted", "draws", "momentum"):
+        del old["attacks"]["pgd3"]["settings"][setting]
     file.write_text(json.dumps(old))
+    assert list(evaluated(folder, attacks=("clean",))["attacks"]) == list(record["attacks"])
+    # What is of other settings is kept apart, and said to be.
+    before = json.loads(file.read_text())["attacks"]
+    capsys.readouterr()
     record = evaluated(folder, attacks=("clean",), step_size=0.1)
     assert list(record["attacks"]) == ["clean", "fgsm", "pgd3@linf=0.3"]
-    left_out = f"{file}: pgd3, pgd3@linf=3/20 left out: of other settings"
-    assert left_out in capsys.readouterr().out
-    file.write_text(file.read_text()[:100])
+    shown = evaluate.table([record])
+    (group,) = record["earlier"]
+    reason = "step_size: 0.0375 there, 0.1 here"
+    assert {name: found.pop("reason") for name, found in group["attacks"].items()} == {
+        "pgd3": reason,
+        "pgd3@linf=3/20": reason,
+    }
+    assert group["attacks"] == {name: before[name] for name in group["attacks"]}
+    assert f"{file}: pgd3 is kept under 'earlier': {reason}" in capsys.readouterr().out
+    assert f"earlier, not in this table (last, PGD-3): {reason}" in shown
+    assert "earlier" not in evaluated(folder, attacks=("clean",))
+    damaged = file.read_text()[:100]
+    file.write_text(damaged)
     assert list(evaluated(folder, attacks=("clean",))["attacks"]) == ["clean"]
-    assert f"{file} is damaged, and is replaced" in capsys.readouterr().out
+    assert f"{file} is damaged, and is kept as {file.name}.damaged" in capsys.readouterr().out
+    assert file.with_name(f"{file.name}.damaged").read_text() == damaged
     other = json.loads(file.read_text())
     other["digests"]["network"] = "0"
     file.write_text(json.dumps(other))
-    assert list(evaluated(folder, attacks=("fgsm",))["attacks"]) == ["fgsm"]
+    record = evaluated(folder, attacks=("fgsm",))
+    assert list(record["attacks"]) == ["fgsm"]
+    assert record["earlier"][0]["attacks"]["clean"]["correct"] == before["clean"]["correct"]
+    assert "digests" in record["earlier"][0]["attacks"]["clean"]["reason"]
+
+
+def test_the_progress_of_another_evaluation_stays(finished, tmp_path, capsys, monkeypatch):
+    """An evaluation that was killed is continued, also after another one of the same attack."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    begun = folder / "evaluations/.last-first60/pgd4"
+    batches = []
+
+    def killed(*arguments, journal, **options):
+        batches.append(sum(1 for _ in journal._folder.glob("*.npz")))
+        found = correct_under_attack(*arguments, journal=journal, **options)
+        if len(batches) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    correct_under_attack = evaluate.correct_under_attack
+    monkeypatch.setattr(evaluate, "correct_under_attack", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(folder, attacks=("pgd4",))
+    (done,) = begun.glob("*.npz")
+    evaluated(folder, attacks=("pgd4",), step_size=0.1)
+    assert "beginning anew in a folder beside" in capsys.readouterr().out
+    assert done.exists()
+    assert [path.name for path in begun.parent.iterdir() if path.is_dir()] == ["pgd4"]
+    evaluated(folder, attacks=("pgd4",))
+    assert batches == [0, 0, 1]
+    assert not begun.parent.exists()
 
 
 def test_steps_that_are_too_short_are_said_to_be(finished):

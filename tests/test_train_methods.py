@@ -765,3 +765,53 @@ def test_the_held_out_split_meets_the_same_attack_whatever_the_method(monkeypatc
     }
     same = methods.training_attack(config.attack) == expected
     assert same == (method not in ("trades", "mart"))
+
+
+@pytest.mark.parametrize("method", ["at", "standard", "own"])
+def test_the_best_checkpoint_is_chosen_by_what_the_method_is_for(monkeypatch, tmp_path, method):
+    """A network that never saw an attack is near chance under one in every epoch."""
+    clean, robust = (0.5, 0.9, 0.7), (0.3, 0.1, 0.2)
+    scores = iter(zip(clean, robust, strict=True))
+
+    def validate(*arguments):
+        found = next(scores)
+        return dict(
+            zip(("validation_clean_accuracy", checkpoints.SELECTION_METRIC), found, strict=True)
+        )
+
+    monkeypatch.setattr(train, "_validate", validate)
+    config = small("standard" if method == "own" else method, epochs=3)
+    if method == "own":  # it is asked, whatever it is called
+        monkeypatch.setattr(
+            methods.AdversarialTraining, "is_adversarial", property(lambda self: False)
+        )
+        config = small("at", epochs=3)
+    assert train.run(config, tmp_path / "run") == 0
+    best = checkpoints.find(tmp_path / "run", "best")
+    per_epoch = int(checkpoints.find(tmp_path / "run").name) // 3
+    assert int(best.name) == per_epoch * (1 if method == "at" else 2)
+    record = json.loads((tmp_path / "run/evaluations/best-first60.json").read_text())
+    assert record["epoch"] == (1 if method == "at" else 2)
+
+
+def test_a_clean_score_counts_more_than_one_under_attack(tmp_path):
+    """A run without an attack goes on whose first checkpoints an earlier version scored."""
+    tree = {"w": np.zeros(2)}
+    for metric, score, step in (
+        (checkpoints.SELECTION_METRIC, 0.8, 1),
+        (checkpoints.CLEAN_SELECTION_METRIC, 0.6, 2),
+        (checkpoints.CLEAN_SELECTION_METRIC, 0.5, 3),
+    ):
+        with checkpoints.Checkpoints(
+            tmp_path / "checkpoints", select_best=True, metric=metric
+        ) as own:
+            own.save(step, variables=tree, optimizer=tree, about={}, selection_metric=score)
+    assert checkpoints.find(tmp_path, "best").name == "2"
+
+
+def test_a_perturbed_method_is_adversarial_if_the_method_is():
+    for method, expected in (("at", True), ("standard", False)):
+        inner = methods.from_config(small(method))
+        assert inner.is_adversarial is expected
+        perturbed = methods.AdversarialWeightPerturbation(inner)
+        assert perturbed.is_adversarial is expected

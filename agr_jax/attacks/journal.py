@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -52,13 +53,20 @@ class Journal:
     Args:
         folder: made if missing; `None` keeps nothing.
         identity: numbers and strings that say which evaluation this is.
+        defaults: what entries of the identity count as where a folder, which is older than they
+            are, does not have them.
 
     Raises:
         OtherEvaluationError: if the folder holds another evaluation.
         EvaluationStateError: if it cannot be read.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._folder, self._number = folder, 0
         if folder is None:
             return
@@ -67,14 +75,15 @@ class Journal:
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-                differing = [name for name in identity if found.get(name) != identity[name]]
-            except (ValueError, AttributeError) as error:
+                there = {**defaults, **found}
+                differing = [name for name in identity if there.get(name) != identity[name]]
+            except (ValueError, TypeError) as error:
                 raise EvaluationStateError(
                     f"{path} cannot be read ({error}); delete the folder {folder}"
                 ) from error
             if differing:
                 listed = "; ".join(
-                    f"{name}: {found.get(name)!r} there, {identity[name]!r} here"
+                    f"{name}: {there.get(name)!r} there, {identity[name]!r} here"
                     for name in differing
                 )
                 raise OtherEvaluationError(

@@ -5,10 +5,11 @@
 | `clean` | none |
 | `fgsm` | FGSM |
 | `ifgsm<n>` | n steps of epsilon / n from the image |
-| `pgd<n>`, `pgd<n>x<r>` | n steps, from r random starts; under L1 the dense gradient |
-| `slide<n>` | under L1: the sign of the largest 1 % of the gradient (SLIDE) |
+| `pgd<n>`, `pgd<n>x<r>` | PGD, n steps, from r random starts |
+| `cw<n>`, `cw<n>x<r>` | PGD on the margin, the "CW-inf" of adversarial training papers |
+| `pgd<n>-dense`, `cw<n>-dense` | the same under L1 along the dense gradient, which is far weaker |
+| `slide<n>` | under L1: another name of `pgd<n>` there, SLIDE |
 | `mim<n>` | momentum iterative method, n steps of epsilon / n from the image |
-| `cw<n>` | PGD on the margin, the "CW-inf" of adversarial training papers |
 | `cw-l2` | the L2 attack of Carlini and Wagner, 9 weights of 1,000 steps; under L2 alone |
 | `spsa`, `spsa<n>` | SPSA, n steps of Adam (100) |
 | `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t`, `square` | one attack of AutoAttack, alone |
@@ -18,6 +19,10 @@
 `@linf`, `@l2` or `@l1` behind a name asks for another norm than the run's, `pgd20@l2`, and a number
 behind that for another radius: `pgd20@linf=16/255`, `autoattack@l2=0.25`. `table1` and `table2`
 stand for the columns of the paper's tables.
+
+Under L1 every attack that steps along a gradient means what it means in Python, `pgd(L1(e))`: a
+step goes along the sign of the largest 1 % of the gradient. Records of earlier versions call the
+dense attack `pgd20@l1`; `agr_jax.evaluation_records` tells them by their stored settings.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from agr_jax.threat import L1, L2, Linf
 
 TABLES = {
     "table1": ("clean", "fgsm", "pgd20", "pgd100", "cw20", "autoattack"),
-    "table2": ("clean", "pgd20@l2", "pgd20@l1", "slide20@l1"),
+    "table2": ("clean", "pgd20@l2", "pgd20-dense@l1", "slide20@l1"),
 }
 _NORMS: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
 _SINGLE: dict[str, Any] = {"fgsm": FGSM, "cw-l2": CarliniWagnerL2, "spsa": SPSA}
@@ -51,6 +56,7 @@ _VERSIONS: dict[str, Any] = {
 }
 _ITERATIVE = re.compile(
     r"(?P<kind>pgd|ifgsm|mim|slide|cw)(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?"
+    r"(?P<dense>-dense)?"
 )
 _RADIUS = re.compile(r"\d+/\d+|\d+(\.\d+)?(e[-+]?\d{1,3})?")
 
@@ -111,10 +117,12 @@ def title(name: str) -> str:
         shown = "fast (not AutoAttack)"
     elif plain == "cw-l2":
         return f"CW-L2 {radius}".strip()
-    elif plain.startswith("cw"):
-        shown = f"CW-inf-{plain[2:]}"
+    elif match := _ITERATIVE.fullmatch(plain):
+        kind = "CW-inf" if match["kind"] == "cw" else match["kind"].upper()
+        restarts = f" x {match['restarts']}" if match["restarts"] else ""
+        shown = f"{kind}-{match['steps']}{restarts}{' dense' if match['dense'] else ''}"
     else:
-        shown = re.sub(r"^([A-Z]+)(\d+)X?", r"\1-\2 x ", plain.upper()).removesuffix(" x ")
+        shown = re.sub(r"^SPSA(\d)", r"SPSA-\1", plain.upper())
     return f"{shown}, {norm.capitalize()} {radius}".strip() if norm else shown
 
 
@@ -164,6 +172,11 @@ def _iterative(
     name: str, match: re.Match[str], threat: Linf | L2 | L1, step_size: float | None
 ) -> PGD:
     kind, steps, restarts = match["kind"], int(match["steps"]), int(match["restarts"] or 1)
+    if match["dense"] and (kind not in ("pgd", "cw") or not isinstance(threat, L1)):
+        raise ConfigError(
+            f"config.eval.attacks: {name!r}: -dense is for pgd and cw under L1 alone: "
+            f"pgd{steps}-dense@l1"
+        )
     if kind in ("ifgsm", "mim"):
         if restarts > 1:
             raise ConfigError(
@@ -172,8 +185,8 @@ def _iterative(
         return (ifgsm if kind == "ifgsm" else mim)(threat, steps)
     if kind == "slide" and not isinstance(threat, L1):
         raise ConfigError(f"config.eval.attacks: {name!r} is for L1 alone: slide{steps}@l1")
-    if isinstance(threat, L1):
-        threat = dataclasses.replace(threat, sparsity=0.99 if kind == "slide" else None)
+    if isinstance(threat, L1) and match["dense"]:
+        threat = dataclasses.replace(threat, sparsity=None)
     loss = losses.margin if kind == "cw" else losses.cross_entropy
     return PGD(threat, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
 
@@ -184,11 +197,24 @@ def describe(attack: Attack | None) -> dict[str, Any]:
         return {}
     assert dataclasses.is_dataclass(attack)
     settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
-    plain = {
-        name: getattr(value, "__name__", None) or (repr(value) if _is_object(value) else value)
-        for name, value in settings.items()
-    }
+    plain = {name: describe_setting(value) for name, value in settings.items()}
     return {"attack": type(attack).__name__, **plain}
+
+
+def describe_setting(value: Any) -> Any:
+    """One setting as a number or a string: a function by its name, an object by its `repr`."""
+    return getattr(value, "__name__", None) or (repr(value) if _is_object(value) else value)
+
+
+def dense_name(name: str) -> str:
+    """The name of the dense attack that records of earlier versions call `pgd20@l1` or `cw20@l1`.
+
+    Other names are given back as they are.
+    """
+    plain, at, threat = name.partition("@")
+    match = _ITERATIVE.fullmatch(plain)
+    is_old = match is not None and match["kind"] in ("pgd", "cw") and not match["dense"]
+    return f"{plain}-dense{at}{threat}" if is_old else name
 
 
 def _is_object(value: Any) -> bool:
@@ -198,7 +224,8 @@ def _is_object(value: Any) -> bool:
 def _unknown(name: str) -> ConfigError:
     return ConfigError(
         "config.eval.attacks: must be of clean, fgsm, ifgsm<steps>, pgd<steps>, "
-        "pgd<steps>x<restarts>, mim<steps>, slide<steps>, cw<steps>, cw-l2, spsa, spsa<steps>, "
+        "pgd<steps>x<restarts>, cw<steps>, pgd<steps>-dense, cw<steps>-dense, slide<steps>, "
+        "mim<steps>, cw-l2, spsa, spsa<steps>, "
         f"autoattack, autoattack-plus, fast, {', '.join(ATTACKS)}, each with @linf, @l2 or @l1 for "
         "another norm and with @linf=16/255 for another radius, table1 and table2; got "
         f"{name!r}"

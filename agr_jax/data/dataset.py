@@ -14,6 +14,8 @@ Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 # Separate random streams, so that holding out and subsetting with one seed stay independent.
 _SUBSET_STREAM = 0
 _HOLD_OUT_STREAM = 1
+# Of parts of a test split: the same for all runs, so that their results can be compared.
+PART_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,49 @@ class Split:
     def take(self, indices: np.ndarray) -> "Split":
         """Returns the examples at `indices` (int [M]), in that order."""
         return Split(self.images[indices], self.labels[indices])
+
+    @property
+    def ordered_by_class(self) -> bool:
+        """Whether the first examples are of few classes: those of one class lie together.
+
+        So lie those of an image folder. The official CIFAR, Tiny ImageNet and digits are mixed.
+        """
+        changes = float(np.mean(self.labels[1:] != self.labels[:-1])) if len(self) > 1 else 0.0
+        shares = np.bincount(self.labels) / len(self)
+        if_mixed = 1 - float(np.sum(shares**2))
+        return bool((np.diff(self.labels) >= 0).all()) or changes < if_mixed / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some examples of a split that stand for all of it.
+
+    Attributes:
+        rows: int [M], ascending.
+        of: number of the split's examples.
+        drawn: whether they were drawn with `PART_SEED`, or are the first.
+    """
+
+    rows: np.ndarray
+    of: int
+    drawn: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        if len(self) == self.of:
+            return f"all {self.of}"
+        if self.drawn:
+            return f"{len(self)} drawn with seed {PART_SEED} of {self.of}"
+        return f"first {len(self)} of {self.of}"
+
+    @property
+    def suffix(self) -> str:
+        """Of a file's name: empty for the whole split."""
+        if len(self) == self.of:
+            return ""
+        return f"-{'drawn' if self.drawn else 'first'}{len(self)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +184,33 @@ class Dataset:
             f"{self.name}: {sizes} images{held_out} of {shape}, {self.num_classes} classes, "
             f"from {self.source}{subset}"
         )
+
+
+def representative_order(split: Split) -> np.ndarray:
+    """All rows of a split, int [N], so that the first M of them stand for it, whatever M is.
+
+    The split's own order, so that M examples are the first M, as the field uses CIFAR's; or, where
+    that is by class, a draw with `PART_SEED`.
+    """
+    rows = np.arange(len(split))
+    return np.random.default_rng(PART_SEED).permutation(rows) if split.ordered_by_class else rows
+
+
+def part_of(split: Split, examples: int) -> Part:
+    """The examples that stand for a split: the first, or drawn ones if it is ordered by class.
+
+    Of two numbers of examples the smaller part lies in the larger.
+
+    Raises:
+        DataError: fewer examples than one, or more than the split has.
+    """
+    if not 1 <= examples <= len(split):
+        raise DataError(
+            f"examples must be at least 1 and at most {len(split):,}, as many as there are, got "
+            f"{examples:,}"
+        )
+    rows = np.sort(representative_order(split)[:examples])
+    return Part(rows, of=len(split), drawn=split.ordered_by_class)
 
 
 def class_balanced_subset(split: Split, examples: int, *, num_classes: int, seed: int) -> Split:

@@ -52,6 +52,11 @@ class AdversarialWeightPerturbation(Method):
                 f"label_smoothing ({self.label_smoothing}) belongs to the method that AWP perturbs"
             )
 
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether the method that is perturbed is."""
+        return self.method.is_adversarial
+
     def adversarial_images(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:

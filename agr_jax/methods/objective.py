@@ -85,6 +85,14 @@ class Method(abc.ABC):
         """The parameters at which the clean and the adversarial gradient are taken."""
         return params, params
 
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether it trains against an attack.
+
+        If not, its best checkpoint is the one that is best on clean images.
+        """
+        return True
+
     def mean_cross_entropy(
         self,
         forward: Forward,

@@ -15,6 +15,11 @@ from agr_jax.methods.objective import Batch, Forward, Method, Outcome
 class StandardTraining(Method):
     """Both losses are the cross-entropy of the clean images."""
 
+    @property
+    def is_adversarial(self) -> bool:
+        """It is not: it never sees an attack."""
+        return False
+
     def adversarial_images(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:

@@ -121,7 +121,7 @@ def _change(ours: RunRecord | None, theirs: RunRecord | None, attack: str) -> fl
     if ours is None or theirs is None:
         return None
     first, second = ours.attacks.get(attack), theirs.attacks.get(attack)
-    if first is None or second is None or first.examples != second.examples:
+    if first is None or second is None or first.images != second.images:
         return None
     return round(100 * (first.accuracy - second.accuracy), 6)  # whole images, not rounding
 
@@ -205,7 +205,7 @@ def _found_cell(run: RunRecord, attack: str) -> str:
     if attack not in run.attacks:
         return "not run"
     found = run.attacks[attack]
-    return f"{100 * found.accuracy:.2f} of {found.examples:,}"
+    return f"{100 * found.accuracy:.2f} of {found.images}"
 
 
 def _differences(
@@ -225,10 +225,8 @@ def _differences(
                 if ours is None or theirs is None:
                     cells.append("not run")
                     continue
-                if ours.examples != theirs.examples:
-                    cells.append(
-                        f"not comparable: {ours.examples:,} and {theirs.examples:,} images"
-                    )
+                if ours.images != theirs.images:
+                    cells.append(f"not comparable: {ours.images} and {theirs.images} images")
                     continue
                 change = 100 * (ours.accuracy - theirs.accuracy)
                 means[attack].append(change)

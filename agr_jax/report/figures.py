@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,8 +161,14 @@ def _landscape(figure: Any, runs: Sequence[RunRecord]) -> str | None:
                 )
         axes.set(xlabel="alpha", ylabel="cross-entropy, nats", title=title)
         axes.legend(fontsize="x-small")
-    images = found[0].measurements["landscape"]["images"]
-    return f"Mean over the first {images} test images; {found[0].setting}."
+    return f"Mean over {_images(found[0].measurements['landscape'])}; {found[0].setting}."
+
+
+def _images(measured: Mapping[str, Any]) -> str:
+    """Which test images something was measured on; files of earlier versions: the first."""
+    if "drawn" in measured.get("selection", ""):
+        return f"{measured['images']} drawn test images"
+    return f"the first {measured['images']} test images"
 
 
 def _losses(figure: Any, runs: Sequence[RunRecord]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agr_jax import diagnostics, run_folder
+from agr_jax import diagnostics, evaluation_records, run_folder
 from agr_jax.config import Config
 from agr_jax.errors import UserError
 from agr_jax.image_masks import decode_mask
@@ -68,12 +68,19 @@ class Found:
         examples: number of test images.
         correct: booleans `[examples]`, or `None` where a record does not hold them.
         source: file that it comes from.
+        selection: which test images, such as `first 1000 of 10000`; empty for all of them.
     """
 
     accuracy: float
     examples: int
     correct: np.ndarray | None
     source: str
+    selection: str = ""
+
+    @property
+    def images(self) -> str:
+        """How many images, and, if they are not the first ones, that they were drawn."""
+        return f"{self.examples:,}{' drawn' if 'drawn' in self.selection else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +92,8 @@ class RunRecord:
         folder: its folder.
         config: its settings.
         metrics: one record an epoch.
-        attacks: what its last epoch's evaluations found, by the attack's name.
+        attacks: what its last epoch's evaluations found, by the attack's name, with the settings
+            that the run's config gives that name.
         measurements: contents of `measurements/*.json`, by name.
         device: that its last epoch was evaluated on; nothing if there were several, or none.
     """
@@ -197,19 +205,18 @@ def read_run(folder: Path) -> RunRecord:
     last = max((record.get("epoch", 0) for record in metrics), default=0)
     attacks: dict[str, Found] = {}
     devices = set()
-    which = "average" if config.averaging.decay else "last"
-    for path in sorted(run_folder.evaluations_path(folder).glob(f"{which}*.json")):
+    for path in sorted(run_folder.evaluations_path(folder).glob(f"{_which(config)}*.json")):
         record = _read_json(path)
         if record is None or record.get("epoch") != last:
             continue
         environment = record.get("environment")
         if isinstance(environment, dict):
             devices.add(str(environment.get("device", "")))
-        for name, found in record.get("attacks", {}).items():
-            new = _found(record, found, path)
+        for result in evaluation_records.results(record, config, {"epoch": last}):
+            new = None if result.reason else _found(record, result.entry, path)
             # More images are better than fewer.
-            if new is not None and new.examples >= getattr(attacks.get(name), "examples", 0):
-                attacks[name] = new
+            if new is not None and new.examples >= getattr(attacks.get(result.name), "examples", 0):
+                attacks[result.name] = new
     measurements = {}
     for path in sorted(run_folder.measurements_path(folder).glob("*.json")):
         measured = _read_json(path)
@@ -235,7 +242,8 @@ def _found(record: dict[str, Any], found: Any, path: Path) -> Found | None:
         correct = None
         if "correct_images" in found:
             correct = decode_mask(found["correct_images"], examples)
-        return Found(float(found["accuracy"]), examples, correct, path.name)
+        selection = evaluation_records.selection(record, path)
+        return Found(float(found["accuracy"]), examples, correct, path.name, selection)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -261,11 +269,35 @@ def _problems_within(record: RunRecord) -> dict[str, str]:
                 found[f"{folder.name}/{path.name}"] = "damaged: not JSON"
                 continue
             problem = None
-            if folder.name == "measurements" or path.stem.startswith("last"):
+            used = path.stem.startswith(_which(record.config))
+            if folder.name == "measurements" or used or path.stem.startswith("last"):
                 problem = _unusable(path.stem, values, record.epochs)
             if problem:
                 found[f"{folder.name}/{path.name}"] = problem
+            elif folder.name == "evaluations" and used:
+                for attack, reason in _other_evaluations(path, values, record).items():
+                    found[f"{folder.name}/{path.name}: {attack}"] = reason
     return found
+
+
+def _other_evaluations(path: Path, values: dict[str, Any], record: RunRecord) -> Mapping[str, str]:
+    """Attacks that a file holds, but of another evaluation, with the reasons."""
+    found = {}
+    for group in (values, *evaluation_records.earlier_groups(values)):
+        for result in evaluation_records.results(group, record.config, {"epoch": record.epochs}):
+            reason = result.reason
+            if group is not values and isinstance(result.entry, Mapping):
+                reason = str(result.entry.get("reason", reason))
+            elif not reason and _found(values, result.entry, path) is None:
+                reason = "damaged: its images cannot be read"
+            if reason:
+                found[result.name] = reason
+    return found
+
+
+def _which(config: Config) -> str:
+    """The checkpoint that stands for a run: with its moving average where one is kept."""
+    return "average" if config.averaging.decay else "last"
 
 
 def _unusable(name: str, values: Mapping[str, Any], epochs: int) -> str | None:

@@ -84,6 +84,7 @@ def paper_table(name: str, runs: Sequence[RunRecord]) -> list[str | Table]:
         )
     note = (
         "Accuracy in percent, last epoch; ± is the standard deviation over runs (seeds). "
+        "“Of 1,000” is of the first 1,000 test images, unless it says that they were drawn. "
         "The paper's number stands in brackets where it is known here. Device-hours: operations of "
         f"training at {paper_numbers.MEASURED_TFLOPS:.0f} TFLOP/s, which PreAct-ResNet-18 reached "
         "on one H200 with TF32 products; for other networks that is an assumption."
@@ -137,9 +138,9 @@ def _cell(found: Sequence[Found], runs: int, mark: str, paper: float | None) -> 
     text = "not run"
     if found:
         text = percent([one.accuracy for one in found]) + mark
-        examples = {one.examples for one in found}
-        if examples != {10_000}:
-            text += f" of {min(examples):,}"
+        fewest = min(found, key=lambda one: one.examples)
+        if {one.examples for one in found} != {10_000}:
+            text += f" of {fewest.images}"
         text += of_fewer(len(found), runs)
     return text if paper is None else f"{text} [{paper:.2f}]"
 

@@ -184,13 +184,13 @@ def planned(
 
 
 def evaluation(label: str, attacks: Sequence[str], examples: int = 0) -> ConfigDict:
-    """An evaluation beside the run's own; the first `examples` test images, 0 for all."""
+    """An evaluation beside the run's own; `examples` as `config.eval.examples`, 0 for all."""
     return ConfigDict({"label": label, "attacks": tuple(attacks), "examples": examples})
 
 
 def table(number: int, scale: str) -> ConfigDict:
     """The columns of the paper's Table 1 or 2; fewer images below the full scale."""
     if scale == "digits":
-        quick = {1: ("clean", "fgsm", "pgd20", "cw20", "fast"), 2: ("pgd20@l2", "pgd20@l1")}
+        quick = {1: ("clean", "fgsm", "pgd20", "cw20", "fast"), 2: ("pgd20@l2", "pgd20-dense@l1")}
         return evaluation(f"table{number}", quick[number], 64)
     return evaluation(f"table{number}", (f"table{number}",), 0 if scale == "full" else 1000)
