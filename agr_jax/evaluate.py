@@ -52,6 +52,7 @@ def correct_under_attack(
     on: Mesh,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    messages: list[str] | None = None,
 ) -> np.ndarray:
     """Which images are classified correctly after the attack.
 
@@ -67,6 +68,7 @@ def correct_under_attack(
         on: devices to share each batch.
         progress: advanced by one per batch.
         journal: of the batches that are done.
+        messages: gets what makes the result unreliable.
 
     Returns:
         Booleans `[examples]`.
@@ -77,13 +79,14 @@ def correct_under_attack(
     batch_size = min(batch_size, len(split.labels))
     batch_size += -batch_size % on.size
     root = jax.random.key(seed)
-    masks = []
+    masks, blind = [], 0
     for start, stop in evaluation_batches(len(split.labels), batch_size):
         # The last batch repeats its last image until it is full.
         rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
         record = None if journal is None else journal.next("batch", rows[: stop - start])
         if record is not None:
             masks.append(~record.fooled)
+            blind += int(record.zero_gradients)
             if progress is not None:
                 progress.advance()
             continue
@@ -93,7 +96,7 @@ def correct_under_attack(
             (split.images[rows], split.labels[rows], keys), mesh.batch_sharding(on)
         )
         with jax.default_matmul_precision("float32"):
-            correct, defined = _correct(attack, classifier, *batch)
+            correct, defined, no_gradient = _correct(attack, classifier, *batch)
         if not bool(defined.all()):
             under = "no attack" if attack is None else type(attack).__name__
             raise NonFiniteLossError(
@@ -101,13 +104,19 @@ def correct_under_attack(
                 "gradient, are NaN for some, which says nothing of its robustness"
             )
         masks.append(np.asarray(correct)[: stop - start])
+        zero_gradients = int(np.asarray(no_gradient)[: stop - start].sum())
+        blind += zero_gradients
         if journal is not None:
-            record = BatchRecord.of_mask(
-                rows[: stop - start], ~masks[-1], time.perf_counter() - started
-            )
+            seconds = time.perf_counter() - started
+            record = BatchRecord.of_mask(rows[: stop - start], ~masks[-1], seconds, zero_gradients)
             journal.add("batch", record)
         if progress is not None:
             progress.advance()
+    if blind and messages is not None:
+        messages.append(
+            f"the loss has no gradient where the attack starts, at {blind} of "
+            f"{len(split.labels)} images: it is blind there; compare with square"
+        )
     return np.concatenate(masks)
 
 
@@ -118,14 +127,17 @@ def _correct(
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Which images are classified correctly, and where images and logits are no NaN."""
-    inputs = to_unit_range(images)
-    if attack is not None:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which images are right, where nothing is NaN, and where the attack began with no gradient."""
+    inputs, no_gradient = to_unit_range(images), jnp.zeros_like(labels, bool)
+    look = getattr(attack, "look", None)
+    if look is not None:
+        inputs, (no_gradient, _) = look(classifier, inputs, labels, keys)
+    elif attack is not None:
         inputs = attack(classifier, inputs, labels, keys)
     logits = classifier(inputs)
     defined = ~(jnp.isnan(inputs).reshape(len(labels), -1).any(1) | jnp.isnan(logits).any(1))
-    return jnp.argmax(logits, axis=-1) == labels, defined
+    return jnp.argmax(logits, axis=-1) == labels, defined, no_gradient
 
 
 def evaluate_run(
@@ -290,6 +302,7 @@ def _evaluate_attack(
         batch_size = min(config.eval.batch_size, len(split.labels))
         batches = -(-len(split.labels) // (batch_size + -batch_size % on.size))
         with Progress(name, batches, unit="batch") as progress:
+            messages: list[str] = []
             correct = correct_under_attack(
                 classifier,
                 attack,
@@ -299,6 +312,7 @@ def _evaluate_attack(
                 on=on,
                 progress=progress,
                 journal=Journal(folder, identity, {n: str(v) for n, v in absent.items()}),
+                messages=messages,
             )
         found = {
             "correct": int(correct.sum()),
@@ -306,7 +320,9 @@ def _evaluate_attack(
             "settings": settings,
         }
         if isinstance(attack, PGD) and (message := too_short(attack)):
-            found["warnings"] = [message]
+            messages.append(message)
+        if messages:
+            found["warnings"] = messages
     # Seconds of this start alone: a continued evaluation does not repeat what was done.
     found["correct_images"] = encode_mask(correct)
     return {**found, "wall_seconds": round(time.perf_counter() - started, 2)}

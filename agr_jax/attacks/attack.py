@@ -15,7 +15,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -176,7 +176,8 @@ def run(
     elif not draws:
         _warn_of_batch(traced, images)
     fixed, varying = taken_apart(attack, loss)
-    compiled = _directly if inside else _compiled(images, labels, *jax.tree.leaves(arguments))
+    leaves = (images, labels, *jax.tree.leaves((arguments, traced.arrays)))
+    compiled = _directly if inside else _compiled(traced.program, leaves)
     return compiled(function, fixed, varying, network, images, labels, *arguments)
 
 
@@ -284,28 +285,34 @@ def _directly(
     return function(put_together(fixed, varying), *arguments)
 
 
-_nested = jax.jit(_directly, static_argnums=(0, 1))
+_nested = jax.jit(_directly, static_argnames=("function", "fixed"))
 
 
-def _compiled(*arguments: Any) -> Callable[..., Any]:
-    if any(isinstance(argument, jax.core.Tracer) for argument in arguments):
+def _compiled(program: tracing.Program, leaves: Sequence[Any]) -> Callable[..., Any]:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return _nested  # under `vmap` or `grad`, where a compiler's options are refused
-    return _alone()
+    return compiled_for(program)(_directly, ("function", "fixed"))
 
 
-@functools.cache
-def _alone() -> Callable[..., Any]:
-    """Compiled as a program of its own; see `compiler_options`."""
-    return jax.jit(_directly, static_argnums=(0, 1), compiler_options=compiler_options())
+def compiled_for(program: tracing.Program) -> Callable[..., Callable[..., Any]]:
+    """How programs with this network are compiled: makes them from a function and its constants.
 
-
-@functools.cache
-def compiler_options() -> dict[str, str] | None:
-    """What makes attacks faster that is no setting of the process.
-
-    On a CPU, convolutions of canonical form are faster without XLA's default library for them
-    (jax 0.10 to 0.12), and those of other forms there are none.
+    On a CPU, convolutions of float32 and of canonical form are faster without XLA's default library
+    for them (jax 0.10 to 0.12): others are not.
     """
+    return functools.partial(_jit, leave_out_library=program.float32_alone)
+
+
+@functools.cache
+def _jit(
+    function: Callable[..., Any], constants: tuple[str, ...], *, leave_out_library: bool
+) -> Callable[..., Any]:
+    options = _without_library() if leave_out_library else None
+    return jax.jit(function, static_argnames=constants, compiler_options=options)
+
+
+@functools.cache
+def _without_library() -> dict[str, str] | None:
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     if jax.default_backend() != "cpu":
         return None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,13 +208,13 @@ class Run:
             filled = np.pad(batch.units, (0, shape - len(rows)), mode="edge")
             network, units = self.network_of_device(shape), jnp.asarray(filled)
             fixed, varying = calling.taken_apart(one)
-            program = _compiled(_unit)
-            outcome = program(self.apart, fixed, varying, network, images, labels, keys, units)
-            points, blind = outcome.points, jnp.logical_or(*outcome.blind)
-            blind = np.asarray(blind)[: len(rows)]
+            unit = calling.compiled_for(network.program)(_unit, ("on", "fixed"))
+            outcome = unit(self.apart, fixed, varying, network, images, labels, keys, units)
+            points = outcome.points
+            blind = np.asarray(jnp.logical_or(*outcome.blind))[: len(rows)]
         # The last word has a look from outside: inside ball and box, and misclassified.
         key = jax.random.fold_in(keys[0], 1)
-        _, right, predictions = _judge(self._draws, self.network(shape), points, labels, key)
+        _, right, guesses = _judge(self._draws, self.network(shape), points, labels, key)
         allowed = _is_allowed(self.attack.threat, images, points)
         fooled = np.asarray(~right & allowed)[: len(rows)]
         # The first run that fools an image counts, as if the others had not been made.
@@ -225,7 +223,7 @@ class Run:
         return BatchRecord(
             rows=rows,
             fooled=fooled,
-            predictions=np.asarray(predictions)[: len(rows)],
+            predictions=np.asarray(guesses)[: len(rows)],
             zero_gradients=np.asarray(blind.sum()),
             seconds=np.asarray(time.perf_counter() - started),
             points=np.asarray(points)[: len(rows)][fooled],
@@ -235,7 +233,9 @@ class Run:
         """All queries; images that are fooled leave, and the others move to a smaller batch."""
         images, labels, keys = self._put(rows, shape, "square")
         fixed, varying = calling.taken_apart(square)
-        begin, advance = _compiled(_begin_squares), _compiled(_advance_squares)
+        compiled = calling.compiled_for(self.network(shape).program)
+        begin = compiled(_begin_squares, ("fixed",))
+        advance = compiled(_advance_squares, ("on", "fixed"))
         state = begin(fixed, varying, self.network(shape), images, labels, keys)
         points = np.array(state.points)
         left = np.arange(len(rows))
@@ -357,13 +357,6 @@ def _share_of_right(
     classes = network.program.value.shape[1]
     counts = _counts(classes, network, points, jax.random.split(key, draws))
     return (counts * jax.nn.one_hot(labels, classes, dtype=jnp.int32)).sum(1) / draws
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """With the options of `agr_jax.attacks.attack`; settings and devices are constants."""
-    names = [name for name in inspect.signature(function).parameters if name in ("on", "fixed")]
-    return jax.jit(function, static_argnames=names, compiler_options=calling.compiler_options())
 
 
 def _unit(

@@ -183,7 +183,7 @@ def _nearest(
     begin = interval, _Found(images, distance)
     _, found = lax.fori_loop(0, attack.searches, search, begin)
     # A second look, apart from the search's own gradient.
-    seen = surely_misclassified(logits_fn(lax.optimization_barrier(found.points)), labels)
+    seen = misclassified(logits_fn(lax.optimization_barrier(found.points)), labels)
     kept = seen | wrong
     points = jnp.where(expand(kept, images), found.points, images)
     distance = jnp.where(kept, found.distance, jnp.inf)

@@ -160,7 +160,7 @@ def _nearest(
         points, distance, blind = best
         found, also = _run(attack, logits_fn, images, labels, keys, index)
         # A second look, apart from the search's own gradient.
-        seen = surely_misclassified(logits_fn(lax.optimization_barrier(found.points)), labels)
+        seen = misclassified(logits_fn(lax.optimization_barrier(found.points)), labels)
         nearer = (found.distance < distance) & seen
         return (
             jnp.where(expand(nearer, images), found.points, points),
@@ -257,15 +257,17 @@ class _Step:
         ahead = (1 - alpha) * (here + attack.overshoot * step_here)
         ahead += alpha * (flat_images + attack.overshoot * step_image)
         moved = jnp.clip(ahead, 0, 1).reshape(images.shape)
-        wrong = misclassified(logits_fn(moved), self.labels)
+        logits = logits_fn(moved)
+        wrong = misclassified(logits, self.labels)
+        sure = surely_misclassified(logits, self.labels)
         distance = threat.distance(moved, images)
-        nearer = wrong & (distance < found.distance)
+        nearer = sure & (distance < found.distance)
         if attack.stop_when_fooled:
             nearer &= ~found.in_ball
         best = _Found(
             points=jnp.where(expand(nearer, images), moved, found.points),
             distance=jnp.where(nearer, distance, found.distance),
-            in_ball=found.in_ball | (wrong & (distance <= threat.epsilon)),
+            in_ball=found.in_ball | (sure & (distance <= threat.epsilon)),
         )
         back = images + attack.backward * (moved - images)
         return jnp.where(expand(wrong, images), back, moved), best, blind

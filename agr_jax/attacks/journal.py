@@ -38,10 +38,13 @@ class BatchRecord(NamedTuple):
     points: np.ndarray
 
     @classmethod
-    def of_mask(cls, rows: np.ndarray, fooled: np.ndarray, seconds: float) -> BatchRecord:
+    def of_mask(
+        cls, rows: np.ndarray, fooled: np.ndarray, seconds: float, zero_gradients: int = 0
+    ) -> BatchRecord:
         """Of an attack whose points are not kept."""
         nothing = np.zeros(0, np.int32)
-        return cls(rows, fooled, nothing, np.asarray(0), np.asarray(seconds), nothing)
+        count = np.asarray(zero_gradients)
+        return cls(rows, fooled, nothing, count, np.asarray(seconds), nothing)
 
 
 class Journal:

@@ -102,7 +102,8 @@ class PGD:
                 f"PGD.restarts is {self.restarts}, but without random_start or start_noise every "
                 "restart is the same"
             )
-        if self.step_size is not None and not self.step_size > 0:
+        traced = isinstance(self.step_size, jax.core.Tracer)  # in the caller's own `jit`
+        if self.step_size is not None and not traced and not self.step_size > 0:
             raise ValueError(f"PGD.step_size must be positive, got {self.step_size}")
         if self.targets not in ("labels", "clean_logits"):
             raise ValueError(
@@ -215,21 +216,21 @@ class FGSM:
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
         """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
-        if self.threat.epsilon == 0:
-            images = as_array(images)
-            check_inputs(images, as_array(labels))
-            return images
-        return self._step(logits_fn, images, labels, key)
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
 
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
         """The same, with the images at which it was blind, without a warning of them."""
-        return self._step.look(logits_fn, images, labels, key)
-
-    @property
-    def _step(self) -> PGD:
-        return PGD(self.threat, 1, self.threat.epsilon, random_start=False, loss=self.loss)
+        epsilon = self.threat.epsilon
+        if not isinstance(epsilon, jax.core.Tracer) and epsilon == 0:
+            images, labels = as_array(images), as_array(labels)
+            check_inputs(images, labels)
+            return images, Blind.nowhere(labels)
+        step = PGD(self.threat, 1, epsilon, random_start=False, loss=self.loss)
+        return step.look(logits_fn, images, labels, key)
 
 
 def ifgsm(threat: ThreatModel, steps: int = 10) -> PGD:
@@ -249,7 +250,9 @@ def mim(
     """
     check_threat("PGD.threat", threat)
     if step_size is None and steps >= 1:
-        step_size = threat.epsilon / steps or None
+        step_size = threat.epsilon / steps
+        if not isinstance(step_size, jax.core.Tracer):
+            step_size = step_size or None
     return PGD(threat, steps=steps, step_size=step_size, random_start=False, momentum=momentum)
 
 

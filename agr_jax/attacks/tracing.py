@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from agr_jax.attacks import convolutions
@@ -72,9 +73,10 @@ class Program:
         backward: from arrays, that, and the value's cotangent to the first argument's.
         value: shape and dtype of the value.
         rewritten: number of convolutions that were put into another form.
+        float32_alone: there are convolutions, and all are of float32.
     """
 
-    __slots__ = ("__weakref__", "backward", "forward", "rewritten", "value")
+    __slots__ = ("__weakref__", "backward", "float32_alone", "forward", "rewritten", "value")
 
     def __init__(
         self,
@@ -82,9 +84,10 @@ class Program:
         backward: core.ClosedJaxpr,
         value: jax.ShapeDtypeStruct,
         rewritten: int,
+        float32_alone: bool,
     ) -> None:
         self.forward, self.backward = forward, backward
-        self.value, self.rewritten = value, rewritten
+        self.value, self.rewritten, self.float32_alone = value, rewritten, float32_alone
 
 
 # By content. A program lives as long as something compiled, or a caller, holds it.
@@ -125,7 +128,8 @@ def trace(
     found = content(forward), content(backward)
     program = _programs.get(found)
     if program is None:
-        program = Program(forward, backward, value, rewriter.rewritten)
+        float32_alone = rewriter.dtypes == {jnp.dtype(jnp.float32)}
+        program = Program(forward, backward, value, rewriter.rewritten, float32_alone)
         _programs[found] = program
     return Traced(arrays, arrays_backward, program)
 
@@ -160,6 +164,7 @@ class _Rewriter:
 
     def __init__(self, *, rewrite: bool) -> None:
         self.rewrite, self.rewritten = rewrite, 0
+        self.dtypes: set[Any] = set()  # of convolutions
         self._arguments: dict[int, Any] = {}
 
     def with_arguments(self, closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, tuple[Any, ...]]:
@@ -195,6 +200,7 @@ class _Rewriter:
         if _is_call(equation):
             return self._evaluate(closed_jaxpr(parameters[_CALLS[name]]), operands)
         if self.rewrite and name == "conv_general_dilated":
+            self.dtypes.update(operand.dtype for operand in operands)
             if not convolutions.is_canonical(parameters):
                 self.rewritten += 1
                 return [convolutions.canonical(operands[0], operands[1], parameters)]
