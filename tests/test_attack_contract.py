@@ -1,5 +1,6 @@
 """What every attack promises: ball, box, shape, dtype, any batch, any number of classes."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,19 @@ import numpy as np
 import pytest
 
 from agr_jax import losses, mesh
-from agr_jax.attacks import apgd, autoattack, cw_inf, fab, fgsm, ifgsm, mim, pgd, spsa, square
+from agr_jax.attacks import (
+    EvaluationWarning,
+    apgd,
+    autoattack,
+    cw_inf,
+    fab,
+    fgsm,
+    ifgsm,
+    mim,
+    pgd,
+    spsa,
+    square,
+)
 from agr_jax.threat import L1, L2, Linf
 
 THREATS = {"Linf": Linf(0.06), "L2": L2(0.3), "L1": L1(2.0)}
@@ -88,22 +101,14 @@ def test_few_classes_and_small_batches(name, num_classes, batch):
     )
 
 
-@pytest.mark.slow
 @by_attack
-@by_threat
-def test_narrow_floats(name, norm):
-    """A network in float32 on narrower images: what comes back has their dtype."""
-    threat, dtype = THREATS[norm], jnp.bfloat16
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats_are_refused(name, dtype):
+    """Their rounding would leave the ball."""
     logits_fn, images, labels = examples(3, (4, 4, 2), 5)
-    images = images.astype(dtype)
     wide = jax.tree_util.Partial(lambda f, x: f(x.astype(jnp.float32)), logits_fn)
-    adversarial = ATTACKS[name](threat)(wide, images, labels, jax.random.key(0))
-    assert adversarial.dtype == dtype
-    assert bool(((adversarial >= 0) & (adversarial <= 1)).all())
-    exact = [array.astype(jnp.float32) for array in (adversarial, images)]
-    pixels = images[0].size
-    room = float(jnp.finfo(dtype).eps) * {"Linf": 1, "L2": pixels**0.5, "L1": pixels}[norm]
-    assert (threat.distance(*exact) <= threat.epsilon + room).all()
+    with pytest.raises(ValueError, match=r"float32 or float64, got .*float16"):
+        ATTACKS[name](Linf(0.06))(wide, images.astype(dtype), labels, jax.random.key(0))
 
 
 @pytest.mark.slow
@@ -167,7 +172,7 @@ def test_wrong_inputs_are_named(name):
         attack(logits_fn, images[:0], labels[:0], key)
 
 
-def test_the_labels_check_traces_a_network_once():
+def test_a_call_traces_a_network_once():
     logits_fn, images, labels = examples(3, (4, 4, 1), 5)
     traces = []
 
@@ -176,10 +181,9 @@ def test_the_labels_check_traces_a_network_once():
         return logits_fn(x)
 
     attack = pgd(Linf(0.1), steps=2)
-    attack(counted, images, labels, jax.random.key(0))
-    assert len(traces) == 2  # the check's and the loop's
-    attack(counted, images, labels, jax.random.key(1))
-    assert len(traces) == 2
+    for call in range(3):
+        attack(counted, images, labels, jax.random.key(call))
+        assert len(traces) == call + 1
 
 
 def blind(x):
@@ -194,20 +198,17 @@ def test_a_gradient_of_nan_is_no_success(name):
     """NaN logits would be a prediction of class 0. PGD gives NaN back, which says what it is."""
     images, labels = jnp.full([2, 4, 4, 1], 0.5), jnp.ones(2, jnp.int32)
     assert bool(jnp.isnan(jax.grad(lambda x: blind(x).sum())(images)).all())
-    adversarial = ATTACKS[name](Linf(0.1))(blind, images, labels, jax.random.key(0))
+    attack = functools.partial(ATTACKS[name](Linf(0.1)), blind, images, labels, jax.random.key(0))
+    if name == "square":
+        adversarial = attack()
+    else:
+        with pytest.warns(EvaluationWarning, match="(NaN|zero) for 2 of 2 images"):
+            adversarial = attack()
     if name in ("pgd", "restarts"):
         assert bool(jnp.isnan(adversarial).all())
     else:
         check(Linf(0.1), images, adversarial)
         np.testing.assert_array_equal(blind(adversarial).argmax(1), labels)
-
-
-def test_one_logit_with_a_loss_of_ones_own():
-    """Labels are then what the loss takes them for."""
-    logits_fn, images, labels = examples(3, (4, 4, 1), 2)
-    one = jax.tree_util.Partial(lambda f, x: f(x)[:, :1], logits_fn)
-    attack = pgd(Linf(0.1), steps=2, loss=lambda z, y: z[:, 0] * (1 - 2 * y))
-    assert attack(one, images, labels, jax.random.key(0)).shape == images.shape
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ import numpy as np
 import pytest
 from official_trainer import (
     IMAGENET,
-    OFFICIAL_PGD,
+    PUBLISHED_PGD,
     compiled_step,
     images_of,
     initial_state,
@@ -153,7 +153,7 @@ def test_pgd_reaches_the_official_loss(common):
     images, labels = images_of(common, "", np.float32)
     start = jnp.clip(images + nhwc(common["start_noise"], np.float32), 0, 1)
     with jax.default_matmul_precision("float32"):
-        adversarial = OFFICIAL_PGD.from_start(network, images, labels, start)
+        adversarial = PUBLISHED_PGD.from_start(network, images, labels, start)
         logits = functools.partial(jax.jit(lambda network, x: network(x)), network)
         cross_entropy = losses.cross_entropy(logits(adversarial), labels)
         found = {

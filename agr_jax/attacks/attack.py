@@ -119,6 +119,8 @@ def loop_on_device(
 
 # ---- calling an attack
 
+_NO_KEY = object()  # `None` may be what a caller takes for one
+
 
 def run(
     function: Callable[..., Any],
@@ -127,8 +129,10 @@ def run(
     images: jax.Array,
     labels: jax.Array,
     *arguments: Any,
-    key: jax.Array | None = None,
+    key: Any = _NO_KEY,
     loss_takes: tuple[str, ...] = ("labels",),
+    gradient: bool = True,
+    ball: bool = True,
 ) -> Any:
     """`function(attack, logits_fn, images, labels, *arguments)`, checked, traced and compiled.
 
@@ -143,6 +147,8 @@ def run(
         key: see any attack; the function gets one for each image, before the other arguments.
         loss_takes: what a loss gets beside the logits, each `"labels"` (or other classes) or
             `"logits"`.
+        gradient: the function differentiates the network.
+        ball: the attack's radius matters to the result.
 
     Returns:
         What the function returns.
@@ -156,18 +162,19 @@ def run(
     """
     images, labels = as_array(images), as_array(labels)
     check_inputs(images, labels)
-    if key is not None:
+    if key is not _NO_KEY:
         arguments = (image_keys(key, len(labels)), *arguments)
-    warn_of_radius(attack.threat, images)
+    if ball:
+        warn_of_radius(attack.threat, images)
     draws = getattr(attack, "draws", 0)
     keys = (jax.random.key(0),) if draws else ()
-    traced = traced_network(logits_fn, images, *keys)
+    traced = traced_network(logits_fn, images, *keys, gradient=gradient)
     logits, network = traced.program.value, cast(LogitsFn, traced)
     check_labels(labels, logits.shape[1])
     loss = getattr(attack, "loss", None)
     if callable(loss) and not _is_ours(loss):
         others = [{"labels": labels, "logits": logits}[name] for name in loss_takes]
-        loss = _traced_loss(attack, logits, others)
+        loss = _traced_loss(attack, logits, others, gradient)
     inside = _is_tracing()
     if inside or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
         # What is not rewritten is best left as the caller wrote it.
@@ -182,7 +189,10 @@ def run(
 
 
 def traced_network(
-    logits_fn: LogitsFn, images: jax.Array | jax.ShapeDtypeStruct, *keys: jax.Array
+    logits_fn: LogitsFn,
+    images: jax.Array | jax.ShapeDtypeStruct,
+    *keys: jax.Array,
+    gradient: bool = True,
 ) -> tracing.Traced:
     """The network as what it computes now.
 
@@ -190,13 +200,22 @@ def traced_network(
         logits_fn: see any attack.
         images: a batch, or its shape and dtype.
         keys: a key, for a randomised network.
+        gradient: it is to be differentiated.
 
     Raises:
         ValueError: if it does not return logits `[batch, classes]` of two or more classes.
     """
-    return tracing.trace(
-        logits_fn, images, *keys, check=functools.partial(_check_logits, images.shape[0])
-    )
+    check = functools.partial(_check_logits, images.shape[0])
+    try:
+        return tracing.trace(logits_fn, images, *keys, check=check, gradient=gradient)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # Flax's, which is not imported here
+            raise
+        raise ValueError(
+            "logits_fn writes to the Variables of an NNX module, which Flax refuses within another "
+            "program: it is in training mode, or calls nnx.jit with the module; pass the module in "
+            "evaluation mode itself, or lambda x: model(x)"
+        ) from error
 
 
 def _check_logits(examples: int, logits: Any) -> None:
@@ -220,7 +239,9 @@ def _is_ours(loss: Callable[..., Any]) -> bool:
     return getattr(losses, getattr(loss, "__name__", ""), None) is loss
 
 
-def _traced_loss(attack: Any, logits: jax.ShapeDtypeStruct, others: list[Any]) -> tracing.Traced:
+def _traced_loss(
+    attack: Any, logits: jax.ShapeDtypeStruct, others: list[Any], gradient: bool
+) -> tracing.Traced:
     shape = logits.shape[:1]
 
     def check(values: Any) -> None:
@@ -233,7 +254,7 @@ def _traced_loss(attack: Any, logits: jax.ShapeDtypeStruct, others: list[Any]) -
             f"got {got}{hint}"
         )
 
-    return tracing.trace(attack.loss, logits, *others, check=check)
+    return tracing.trace(attack.loss, logits, *others, check=check, gradient=gradient)
 
 
 def _is_tracing() -> bool:

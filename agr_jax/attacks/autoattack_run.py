@@ -107,8 +107,14 @@ class Run:
         if rows not in self._networks:
             images = jax.ShapeDtypeStruct((rows, *self.images.shape[1:]), self.images.dtype)
             keys = (self.key,) if self.attack.version == "rand" else ()
-            self._networks[rows] = self._place(traced_network(self.logits_fn, images, *keys))
+            network = traced_network(self.logits_fn, images, *keys, gradient=self._gradient)
+            self._networks[rows] = self._place(network)
         return self._networks[rows]
+
+    @property
+    def _gradient(self) -> bool:
+        """Whether any attack differentiates the network."""
+        return set(self.attack.sequence) != {"square"}
 
     def network_of_device(self, shape: int) -> Traced:
         """The network for the part of a batch that one device gets."""
@@ -168,8 +174,10 @@ class Run:
             checks.too_few_classes(self.num_classes, self.attack.sequence),
         ]
         if not self._draws:
+            # Traced anew: what a network draws in Python is a constant of one trace.
+            again = traced_network(self.logits_fn, images, gradient=False)
             checks.check_batch_independence(network, images)
-            found.append(checks.randomised(self.logits_fn, network, images))
+            found.append(checks.randomised(network, again, images))
         return [message for message in found if message is not None]
 
     def _identity(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class CarliniWagnerL2:
         infinite, and the point is the image. Every point was looked at once more. Arguments, errors
         and warnings as `__call__`.
         """
-        points, distance, blind = run(_nearest, self, logits_fn, images, labels)
+        points, distance, blind = run(_nearest, self, logits_fn, images, labels, ball=False)
         warn_of_blind(self, blind)
         return points, distance
 

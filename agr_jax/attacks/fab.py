@@ -117,7 +117,9 @@ class FAB:
         infinite, and the point is the image. Every point was looked at once more. Arguments, errors
         and warnings as `__call__`.
         """
-        points, distance, blind = run(_nearest, self, logits_fn, images, labels, key=key)
+        points, distance, blind = run(
+            _nearest, self, logits_fn, images, labels, key=key, ball=False
+        )
         warn_of_blind(self, blind)
         return points, distance
 

@@ -172,13 +172,13 @@ def _run(
     images: jax.Array,
     labels: jax.Array,
     *start: jax.Array,
-    key: jax.Array | None = None,
+    **key: Any,
 ) -> tuple[jax.Array, Blind]:
     if attack.step_size is None:
         attack = dataclasses.replace(attack, step_size=2.5 * attack.threat.epsilon / attack.steps)
     takes = ("labels" if attack.targets == "labels" else "logits",)
     result: tuple[jax.Array, Blind] = run(
-        function, attack, logits_fn, images, labels, *start, key=key, loss_takes=takes
+        function, attack, logits_fn, images, labels, *start, loss_takes=takes, **key
     )
     return result
 

@@ -104,7 +104,9 @@ class SPSA:
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
         """The same, with the images at which it was blind, without a warning of them."""
-        result: tuple[jax.Array, Blind] = run(_run, self, logits_fn, images, labels, key=key)
+        result: tuple[jax.Array, Blind] = run(
+            _run, self, logits_fn, images, labels, key=key, gradient=False
+        )
         return result
 
 

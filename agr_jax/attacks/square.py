@@ -92,7 +92,7 @@ class Square:
         """
         images = as_array(images)
         check_shape(images.shape)
-        points: jax.Array = run(_run, self, logits_fn, images, labels, key=key)
+        points: jax.Array = run(_run, self, logits_fn, images, labels, key=key, gradient=False)
         return points
 
     def units(self, num_classes: int) -> int:

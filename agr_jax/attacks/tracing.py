@@ -70,7 +70,8 @@ class Program:
     Attributes:
         forward: from arrays and arguments to the value, and what the gradient needs beside the
             arrays.
-        backward: from arrays, that, and the value's cotangent to the first argument's.
+        backward: from arrays, that, and the value's cotangent to the first argument's; `None` of
+            what is not to be differentiated.
         value: shape and dtype of the value.
         rewritten: number of convolutions that were put into another form.
         float32_alone: there are convolutions, and all are of float32.
@@ -81,7 +82,7 @@ class Program:
     def __init__(
         self,
         forward: core.ClosedJaxpr,
-        backward: core.ClosedJaxpr,
+        backward: core.ClosedJaxpr | None,
         value: jax.ShapeDtypeStruct,
         rewritten: int,
         float32_alone: bool,
@@ -95,43 +96,58 @@ _programs: weakref.WeakValueDictionary[Any, Program] = weakref.WeakValueDictiona
 
 
 def trace(
-    function: Callable[..., Any], *arguments: Any, check: Callable[[Any], None] = lambda _: None
+    function: Callable[..., Any],
+    *arguments: Any,
+    check: Callable[[Any], None] = lambda _: None,
+    gradient: bool = True,
 ) -> Traced:
     """What a callable computes from arguments of these shapes and dtypes.
 
     Args:
-        function: returns one array, which can be differentiated by the first argument.
+        function: returns one array.
         arguments: arrays, or their shapes and dtypes.
         check: called with what the function returns, abstract arrays; raises if it is wrong.
+        gradient: the first argument's is wanted too; a host callback may have none.
     """
     rewriter = _Rewriter(rewrite=jax.default_backend() == "cpu")
 
-    # A new function each time: JAX remembers what it traced by the identity of the function.
-    def differentiated(first: Any, *others: Any) -> Any:
-        def checked(first: Any) -> Any:
-            value = function(first, *others)
-            check(value)
-            return value
+    def checked(*arguments: Any) -> Any:
+        value = function(*arguments)
+        check(value)
+        return value
 
-        return jax.vjp(checked, first)
-
-    closed, shapes = jax.make_jaxpr(differentiated, return_shape=True)(*arguments)
-    value, pull_back = shapes
-    residuals, structure = jax.tree.flatten(pull_back)
-
-    def transposed(residuals: Sequence[Any], cotangent: Any) -> Any:
-        return jax.tree.unflatten(structure, residuals)(cotangent)[0]
-
-    closed_backward = jax.make_jaxpr(transposed)(residuals, value)
+    if gradient:
+        closed, value, closed_backward = _with_gradient(checked, arguments)
+        backward, arrays_backward = rewriter.with_arguments(closed_backward)
+    else:
+        closed, value = jax.make_jaxpr(checked, return_shape=True)(*arguments)
+        backward, arrays_backward = None, ()
     forward, arrays = rewriter.with_arguments(closed)
-    backward, arrays_backward = rewriter.with_arguments(closed_backward)
-    found = content(forward), content(backward)
+    found = content(forward), None if backward is None else content(backward)
     program = _programs.get(found)
     if program is None:
         float32_alone = rewriter.dtypes == {jnp.dtype(jnp.float32)}
         program = Program(forward, backward, value, rewriter.rewritten, float32_alone)
         _programs[found] = program
     return Traced(arrays, arrays_backward, program)
+
+
+def _with_gradient(
+    function: Callable[..., Any], arguments: Sequence[Any]
+) -> tuple[core.ClosedJaxpr, Any, core.ClosedJaxpr]:
+    """Jaxprs to the value and what the gradient needs, and from there to the gradient."""
+
+    # A new function each time: JAX remembers what it traced by the identity of the function.
+    def differentiated(first: Any, *others: Any) -> Any:
+        return jax.vjp(lambda first: function(first, *others), first)
+
+    forward, (value, pull_back) = jax.make_jaxpr(differentiated, return_shape=True)(*arguments)
+    residuals, structure = jax.tree.flatten(pull_back)
+
+    def transposed(residuals: Sequence[Any], cotangent: Any) -> Any:
+        return jax.tree.unflatten(structure, residuals)(cotangent)[0]
+
+    return forward, value, jax.make_jaxpr(transposed)(residuals, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,6 +163,7 @@ def _call_forward(program: Program, arrays: Any, first: Any, others: Any) -> Any
 
 def _call_backward(program: Program, saved: Any, cotangent: Any) -> Any:
     residuals, arrays = saved
+    assert program.backward is not None, "traced without a gradient"
     (gradient,) = _evaluated(program.backward, *arrays, *residuals, cotangent)
     return None, gradient, None
 

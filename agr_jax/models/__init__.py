@@ -112,7 +112,15 @@ class Classifier:
     variables: Mapping[str, Any]
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images `[batch, height, width, channels]` in [0, 1] to logits."""
+        """Maps images `[batch, height, width, channels]`, floats in [0, 1], to logits.
+
+        Raises:
+            ValueError: on integers, such as pixels in 0..255.
+        """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images must be floats in [0, 1], got dtype {images.dtype}; divide pixels by 255"
+            )
         logits = self.model.apply(self.variables, images)
         assert isinstance(logits, jax.Array)
         return logits

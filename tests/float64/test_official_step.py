@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from official_trainer import (
     IMAGENET,
-    OFFICIAL_PGD,
+    PUBLISHED_PGD,
     compiled_step,
     images_of,
     initial_state,
@@ -148,7 +148,7 @@ def test_pgd_reproduces_every_pixel(common):
     network = Classifier(model, variables)
     images, labels = images_of(common, "", np.float64)
     start = jnp.clip(images + nhwc(common["start_noise"], np.float64), 0, 1)
-    adversarial = OFFICIAL_PGD.from_start(network, images, labels, start)
+    adversarial = PUBLISHED_PGD.from_start(network, images, labels, start)
 
     expected = np.asarray(nhwc(common["pgd64_x_adv"], np.float64))
     # Steps are 2/255: a pixel that took another path is off by at least that; 1e-7 is the rounding
