@@ -2,55 +2,54 @@
 
 Command: python examples/own_classifier.py [plain|linen|nnx|equinox]
 
-All an attack needs is a function from images [batch, height, width, channels] in [0, 1] to logits,
-in evaluation mode. Given as a `Partial` over the weights, it compiles once for all checkpoints.
+All an attack needs is a callable from images [batch, height, width, channels] in [0, 1] to logits,
+in evaluation mode. It is attacked with the weights that it has when it is passed, and others with
+the same structure compile nothing.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
 from agr_jax.attacks import autoattack
 from agr_jax.threat import Linf
 
+Network = Callable[[jax.Array], Any]
 
-def plain() -> Partial:
-    """Any function of weights and images."""
+
+def plain() -> Network:
+    """Any function; what it closes over may change between two calls."""
     weights = jax.random.normal(jax.random.key(0), (192, 10))
-    return Partial(lambda weights, images: images.reshape(len(images), -1) @ weights, weights)
+    return lambda images: images.reshape(len(images), -1) @ weights
 
 
-def linen() -> Partial:
+def linen() -> Network:
     """A Linen module: `model.apply` and its variables."""
     import flax.linen as nn
 
     model = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)])
-    return Partial(model.apply, model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 3])))
+    variables = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
+    return lambda images: model.apply(variables, images)
 
 
-def nnx() -> Partial:
-    """An NNX module: split into its graph and its state, after `model.eval()`."""
+def nnx() -> Network:
+    """An NNX module, after `model.eval()`."""
     from flax import nnx
 
     model = nnx.Linear(192, 10, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    return Partial(lambda s, images: nnx.merge(graph, s)(images.reshape(len(images), -1)), state)
+    model.eval()
+    return lambda images: model(images.reshape(len(images), -1))
 
 
-def equinox() -> Partial:
-    """An Equinox module for one image: arrays apart from the rest, and `vmap`."""
+def equinox() -> Network:
+    """An Equinox module for one image, under `vmap`."""
     import equinox as eqx
 
     model = eqx.nn.Linear(192, 10, key=jax.random.key(0))
-    arrays, rest = eqx.partition(model, eqx.is_array)
-
-    def logits(arrays: Any, images: jax.Array) -> jax.Array:
-        return jax.vmap(lambda image: eqx.combine(arrays, rest)(image.ravel()))(images)
-
-    return Partial(logits, arrays)
+    return jax.vmap(lambda image: model(image.ravel()))
 
 
 def main(kind: str = "plain") -> None:
