@@ -404,3 +404,25 @@ def test_programs_do_not_outlive_their_use():
     assert {leaf.shape for leaf in leaves} == {(16, 8), (8, 5)}
     assert not traced.program.forward.consts
     assert not traced.program.backward.consts
+
+
+def test_a_keras_model_after_more_training():
+    keras = pytest.importorskip("keras", reason="Keras 3 is not installed")
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras has another backend than JAX (KERAS_BACKEND=jax)")
+    model = keras.Sequential(
+        [keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(5)]
+    )
+    model.layers[-1].set_weights([np.asarray(OLD[0] @ OLD[1]), np.zeros(5)])
+
+    def network(x):
+        return model(x, training=False)
+
+    for weights in (OLD, NEW):
+        model.layers[-1].set_weights([np.asarray(weights[0] @ weights[1]), np.zeros(5)])
+        expected = pgd(LINF, steps=3)(
+            lambda x, w=weights: x.reshape(len(x), -1) @ (w[0] @ w[1]), IMAGES, LABELS, KEY
+        )
+        with jax.numpy_rank_promotion("allow"):  # Keras adds its biases so
+            found = pgd(LINF, steps=3)(network, IMAGES, LABELS, KEY)
+        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -2,10 +2,11 @@
 
 `jax.jit` knows a function by its identity and makes constants of the arrays that it closed over.
 Attacks would so go on with the weights of their first call, and compile again for every new lambda
-that computes the same. Here a callable is traced at each call, which costs milliseconds: the arrays
-that it closed over become arguments, and equal programs are one object, whatever they came from, so
-that what `jit` has compiled for one serves all. The program's own gradient with respect to its
-first argument is traced too, since custom derivative rules are functions, which have no content.
+that computes the same. Here a callable is traced at each call (30 ms for a few layers, a quarter of
+a second for ResNet-18): the arrays that it closed over become arguments, and equal programs are one
+object, whatever they came from, so that what `jit` has compiled for one serves all. The program's
+own gradient with respect to its first argument is traced too, since custom derivative rules are
+functions, which have no content.
 
 On a CPU all its convolutions, and those of the gradient, are put into the form that is fast inside
 of loops (see `agr_jax.attacks.convolutions`).

@@ -1,0 +1,102 @@
+"""Convolutions in canonical form are those that they stand for, and so are their gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from agr_jax.attacks.convolutions import canonical, is_canonical
+from agr_jax.attacks.tracing import trace
+
+# layout of images, kernel and result; size, channels in and out; kernel, strides, padding
+# (or negative padding), dilation of images, dilation of the kernel, groups
+PADS = [(1, 1), (1, 2)]
+CASES = {
+    "cropped": (
+        "NCHW",
+        "OIHW",
+        "NCHW",
+        (9, 9),
+        2,
+        3,
+        (3, 3),
+        (1, 2),
+        [(-1, 2), (0, -2)],
+        None,
+        None,
+        1,
+    ),
+    "flax": ("NHWC", "HWIO", "NHWC", (8, 8), 3, 4, (3, 3), (1, 1), "SAME", None, None, 1),
+    "torch": ("NCHW", "OIHW", "NCHW", (8, 7), 3, 4, (3, 3), (1, 1), "SAME", None, None, 1),
+    "stride 2": ("NHWC", "HWIO", "NHWC", (8, 8), 3, 4, (3, 3), (2, 2), "SAME", None, None, 1),
+    "odd": ("NCHW", "OIHW", "NCHW", (9, 7), 2, 3, (4, 3), (2, 3), [(1, 2), (0, 1)], None, None, 1),
+    "short": ("NHWC", "HWIO", "NHWC", (9, 9), 2, 3, (2, 2), (3, 3), "VALID", None, None, 1),
+    "one": ("NHWC", "HWIO", "NHWC", (8, 9), 4, 3, (1, 1), (2, 2), "VALID", None, None, 1),
+    "groups": ("NCHW", "OIHW", "NCHW", (8, 8), 4, 6, (3, 3), (2, 2), "SAME", None, None, 2),
+    "depthwise": ("NHWC", "HWIO", "NHWC", (7, 7), 4, 4, (3, 3), (1, 1), "SAME", None, None, 4),
+    "dilated": ("NHWC", "HWIO", "NHWC", (9, 9), 2, 3, (3, 3), (1, 1), "SAME", None, (2, 2), 1),
+    "transposed": ("NHWC", "HWIO", "NHWC", (5, 4), 2, 3, (3, 3), (1, 1), PADS, (2, 2), None, 1),
+    "both": ("NHWC", "HWIO", "NHWC", (5, 5), 2, 3, (3, 3), (2, 2), PADS, (3, 2), None, 1),
+    "row": ("NCH", "OIH", "NCH", (11,), 2, 3, (3,), (2,), "SAME", None, None, 1),
+    "volume": (
+        "NCDHW",
+        "OIDHW",
+        "NCDHW",
+        (5,) * 3,
+        2,
+        2,
+        (3,) * 3,
+        (2,) * 3,
+        "SAME",
+        None,
+        None,
+        1,
+    ),
+}
+
+
+def placed(layout, names):
+    return [names[axis] for axis in layout]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_value_and_gradient(name):
+    images_in, kernel_in, images_out, size, ci, co, taps, strides, padding, *rest = CASES[name]
+    dilation, kernel_dilation, groups = rest
+    rng, spatial = np.random.default_rng(0), images_in.strip("NC")
+    shape = placed(images_in, {"N": 2, "C": ci, **dict(zip(spatial, size, strict=True))})
+    spatial = kernel_in.strip("OI")
+    filters = {"O": co, "I": ci // groups, **dict(zip(spatial, taps, strict=True))}
+    images = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=placed(kernel_in, filters)), jnp.float32)
+
+    def convolve(x):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            padding,
+            lhs_dilation=dilation,
+            rhs_dilation=kernel_dilation,
+            dimension_numbers=(images_in, kernel_in, images_out),
+            feature_group_count=groups,
+        )
+
+    (equation,) = jax.make_jaxpr(convolve)(images).jaxpr.eqns
+    value, pull_back = jax.vjp(convolve, images)
+    if not is_canonical(equation.params):
+        found = jax.jit(lambda x: canonical(x, kernel, equation.params))(images)
+        np.testing.assert_allclose(found, value, atol=2e-5)
+    cotangent = jnp.asarray(rng.normal(size=value.shape), jnp.float32)
+    # The gradient as attacks take it, with all that is not canonical rewritten.
+    traced = trace(convolve, images)
+    if jax.default_backend() == "cpu":
+        assert traced.program.rewritten
+        assert traced.program.float32_alone
+    found = jax.jit(lambda traced, x: jax.vjp(traced, x)[1](cotangent)[0])(traced, images)
+    np.testing.assert_allclose(found, pull_back(cotangent)[0], atol=2e-5)
+    text = str(traced.program.forward) + str(traced.program.backward)
+    assert set(re.findall(r"lhs_dilation=\(([^)]*)\)", text)) <= {"1, 1", "1,", "1, 1, 1"}
