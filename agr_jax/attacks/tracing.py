@@ -188,13 +188,13 @@ class _Rewriter:
     def with_arguments(self, closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, tuple[Any, ...]]:
         """The rewritten jaxpr, whose first arguments are the arrays that it uses, and those."""
         found = {id(array): (variable, array) for variable, array in _arrays(closed)}
-        shapes = [variable.aval for variable, _ in found.values()]
+        shapes = [_placeless(variable.aval) for variable, _ in found.values()]
 
         def evaluate(arrays: Sequence[Any], *arguments: Any) -> Any:
             self._arguments = dict(zip(found, arrays, strict=True))
             return self._evaluate(closed, arguments)
 
-        rewritten = jax.make_jaxpr(evaluate)(shapes, *closed.in_avals)
+        rewritten = jax.make_jaxpr(evaluate)(shapes, *map(_placeless, closed.in_avals))
         return rewritten, tuple(array for _, array in found.values())
 
     def _evaluate(self, closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
@@ -224,6 +224,8 @@ class _Rewriter:
                 return [convolutions.canonical(operands[0], operands[1], parameters)]
         elif self.rewrite:
             parameters = {key: self._inside(value) for key, value in parameters.items()}
+        if name != "sharding_constraint":
+            parameters = {key: _unplaced(key, value) for key, value in parameters.items()}
         bound = primitive.get_bind_params(parameters)
         # Older versions of JAX return functions apart from the other parameters.
         functions, bound = bound if isinstance(bound, tuple) else ((), bound)
@@ -248,6 +250,25 @@ class _Rewriter:
             return rewritten
         # An open jaxpr has no place for arrays.
         return value if rewritten.consts else rewritten.jaxpr
+
+
+def _unplaced(name: str, value: Any) -> Any:
+    """A parameter without the mesh of an array, where that does not say how it is split."""
+    mesh = getattr(value, "mesh", None)
+    if name not in ("sharding", "out_sharding") or mesh is None or mesh.empty:
+        return value
+    return None if mesh.are_all_axes_auto else value
+
+
+def _placeless(aval: Any) -> Any:
+    """Without the mesh that an array lies on, unless the caller says how it is split there.
+
+    The same program is evaluated on whole batches and, within `shard_map`, on a device's part.
+    """
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty or not mesh.are_all_axes_auto:
+        return aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _arrays(closed: core.ClosedJaxpr) -> Iterator[tuple[Any, Any]]:
