@@ -27,6 +27,7 @@ from agr_jax.attacks import (
     square,
 )
 from agr_jax.config import AttackConfig
+from agr_jax.mesh import data_mesh, replicated
 from agr_jax.threat import L1, L2, Linf, image_keys
 
 KEY = jax.random.key(0)
@@ -558,8 +559,13 @@ def test_devices_of_the_callers_own(network):
 
     devices = jax.devices()[:2]
     own = jax.make_mesh((2,), ("batch",), devices=devices)
+    expected = evaluate(None)
     for on in (devices, own, Mesh(np.array(devices)[:, None], ("a", "b"))):
-        np.testing.assert_array_equal(evaluate(on), evaluate(None))
+        np.testing.assert_array_equal(evaluate(on), expected)
+    # Weights that lie on the devices already, as those of a run do.
+    placed = data_mesh(devices)
+    network = jax.device_put(network, replicated(placed))
+    np.testing.assert_array_equal(evaluate(placed), expected)
 
 
 # ---- distances
