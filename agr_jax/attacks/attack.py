@@ -550,7 +550,7 @@ def surely_misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
     see a point that is closer on its other side. A tie that is no matter of rounding counts.
     """
     margin = losses.margin(logits, labels)
-    rounding = 8 * jnp.finfo(logits.dtype).eps * jnp.abs(logits).max(-1)
+    rounding = 2 * jnp.finfo(logits.dtype).eps * jnp.abs(logits).max(-1)
     return misclassified(logits, labels) & ((margin == 0) | (margin > rounding))
 
 
