@@ -90,9 +90,9 @@ class NNXBlock(nnx.Module):
         self.first = conv(inputs, features, (3, 3), strides=stride)
         self.second = conv(features, features, (3, 3))
         self.norms = nnx.List([norm(features), norm(features)])
-        self.shortcut = None
-        if stride > 1 or inputs != features:
-            self.shortcut = conv(inputs, features, (1, 1), strides=stride)
+        short = stride > 1 or inputs != features
+        self.shortcut = conv(inputs, features, (1, 1), strides=stride) if short else None
+        if short:
             self.norms.append(norm(features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
