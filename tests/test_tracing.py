@@ -304,6 +304,16 @@ def test_under_vmap(transform):
         np.testing.assert_allclose(row, attack(network, batch, LABELS, KEY), atol=1e-6)
 
 
+def test_under_vmap_weights_are_those_of_the_call():
+    network, batches = Closure(), jnp.stack([IMAGES, IMAGES[::-1]])
+    attack = jax.vmap(lambda x: pgd(LINF, steps=3)(network.callable, x, LABELS, KEY))
+    old = attack(batches)
+    network.change()
+    expected = pgd(LINF, steps=3)(network.callable, IMAGES, LABELS, KEY)
+    np.testing.assert_allclose(attack(batches)[0], expected, atol=1e-6)
+    assert not np.array_equal(old[0], expected)
+
+
 class Convolutions(nn.Module):
     """Flax's own convolutions, with BatchNorm and strides."""
 

@@ -9,13 +9,12 @@ arguments. Within the caller's own `jit` the attack becomes a part of that progr
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -175,16 +174,21 @@ def run(
     if callable(loss) and not _is_ours(loss):
         others = [{"labels": labels, "logits": logits}[name] for name in loss_takes]
         loss = _traced_loss(attack, logits, others, gradient)
-    inside = _is_tracing()
-    if inside or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
-        # What is not rewritten is best left as the caller wrote it.
-        if not traced.program.rewritten:
-            network = as_pytree(logits_fn)
-    elif not draws:
-        _warn_of_batch(traced, images)
     fixed, varying = taken_apart(attack, loss)
-    leaves = (images, labels, *jax.tree.leaves((arguments, traced.arrays)))
-    compiled = _directly if inside else _compiled(traced.program, leaves)
+    compiled: Callable[..., Any]
+    if _is_tracing():  # within the caller's `jit`
+        compiled = _directly
+        if not traced.program.rewritten:  # best left as the caller wrote it
+            network = logits_fn
+    elif any(
+        isinstance(leaf, jax.core.Tracer)
+        for leaf in jax.tree.leaves((images, labels, arguments, traced, varying))
+    ):
+        compiled = _nested  # under `vmap` or `grad`, where a compiler's options are refused
+    else:
+        compiled = compiled_for(traced.program)(_directly, ("function", "fixed"))
+        if not draws:
+            _warn_of_batch(traced, images)
     return compiled(function, fixed, varying, network, images, labels, *arguments)
 
 
@@ -309,12 +313,6 @@ def _directly(
 _nested = jax.jit(_directly, static_argnames=("function", "fixed"))
 
 
-def _compiled(program: tracing.Program, leaves: Sequence[Any]) -> Callable[..., Any]:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return _nested  # under `vmap` or `grad`, where a compiler's options are refused
-    return compiled_for(program)(_directly, ("function", "fixed"))
-
-
 def compiled_for(program: tracing.Program) -> Callable[..., Callable[..., Any]]:
     """How programs with this network are compiled: makes them from a function and its constants.
 
@@ -389,15 +387,18 @@ def _warn_of_batch(network: tracing.Traced, images: jax.Array) -> None:
     program = network.program
     if program not in _batch_messages:
         difference = batch_dependence(network, images)
-        _batch_messages[program] = None if difference is None else batch_message(difference)
-    message = _batch_messages[program]
-    if message is not None:
-        warn(message)
+        if difference is None:
+            logits = logits_of(network, images)
+            if bool((logits != logits[:1]).any()):  # else, as before training, nothing can be seen
+                _batch_messages[program] = ""
+            return
+        _batch_messages[program] = batch_message(difference)
+    if _batch_messages[program]:
+        warn(_batch_messages[program])
 
 
-_batch_messages: weakref.WeakKeyDictionary[tracing.Program, str | None] = (
-    weakref.WeakKeyDictionary()
-)
+# Empty for those that do not depend on the batch.
+_batch_messages: weakref.WeakKeyDictionary[tracing.Program, str] = weakref.WeakKeyDictionary()
 # Distance between normalised logits above which two evaluations count as different.
 SAME_LOGITS = 1e-4
 
@@ -422,11 +423,11 @@ def batch_dependence(network: LogitsFn, images: jax.Array) -> float | None:
     if images.shape[0] < 2:
         return None
     kept = images.shape[0] // 2
-    logits = _logits(network, images)
+    logits = logits_of(network, images)
     others = jnp.concatenate([images[:kept], 1 - images[kept:]])
     moved = [
-        logits_difference(logits[:kept], _logits(network, others)[:kept]),
-        logits_difference(jnp.roll(logits, 1, 0), _logits(network, jnp.roll(images, 1, 0))),
+        logits_difference(logits[:kept], logits_of(network, others)[:kept]),
+        logits_difference(jnp.roll(logits, 1, 0), logits_of(network, jnp.roll(images, 1, 0))),
     ]
     return max(moved) if max(moved) > SAME_LOGITS else None
 
@@ -441,43 +442,9 @@ def logits_difference(logits: jax.Array, others: jax.Array) -> float:
 
 
 @jax.jit
-def _logits(network: LogitsFn, images: jax.Array) -> jax.Array:
+def logits_of(network: LogitsFn, images: jax.Array) -> jax.Array:
+    """The logits of a pytree callable, compiled."""
     return network(images)
-
-
-def as_pytree(logits_fn: LogitsFn) -> LogitsFn:
-    """Makes a callable acceptable to `jit`: its arrays are arguments, all else is constant.
-
-    So `Partial(model.apply, variables, train=False)` keeps its weights as arguments, and a plain
-    function is a constant as a whole.
-    """
-    leaves, structure = jax.tree.flatten(logits_fn)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    if all(is_array):
-        return logits_fn
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
-    constants = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    return _WithConstants(arrays, constants, tuple(is_array), structure)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _WithConstants:
-    """A callable pytree some of whose leaves are no arrays."""
-
-    arrays: list[Any]
-    constants: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    is_array: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, *arguments: Any) -> jax.Array:
-        arrays = iter(self.arrays)
-        leaves = [
-            next(arrays) if array else constant
-            for constant, array in zip(self.constants, self.is_array, strict=True)
-        ]
-        logits: jax.Array = jax.tree.unflatten(self.structure, leaves)(*arguments)
-        return logits
 
 
 def check_inputs(images: jax.Array, labels: jax.Array) -> None:

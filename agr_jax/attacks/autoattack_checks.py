@@ -17,6 +17,7 @@ from agr_jax.attacks.attack import (
     batch_dependence,
     batch_message,
     logits_difference,
+    logits_of,
 )
 
 
@@ -50,7 +51,7 @@ def randomised(network: LogitsFn, again: LogitsFn, images: jax.Array) -> str | N
         again: as it was traced another time.
         images: a batch.
     """
-    results = [_evaluate(each, images) for each in (network, network, again, again)]
+    results = [logits_of(each, images) for each in (network, network, again, again)]
     difference = max(logits_difference(results[0], other) for other in results[1:])
     if difference <= SAME_LOGITS:
         return None
@@ -109,8 +110,3 @@ def square_improves(after: Mapping[str, float]) -> str | None:
         "points, which suggests masked gradients: run Square with more queries, or an attack "
         "adapted to the defence"
     )
-
-
-@jax.jit
-def _evaluate(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    return logits_fn(images)
