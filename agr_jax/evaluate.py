@@ -20,6 +20,7 @@ import agr_jax
 from agr_jax import checkpoints, evaluation_records, mesh, network, run_folder
 from agr_jax import config as config_module
 from agr_jax.attacks import PGD, Attack, AutoAttack, named
+from agr_jax.attacks.attack import GradientAttack
 from agr_jax.attacks.journal import BatchRecord, Journal, digest
 from agr_jax.attacks.pgd import too_short
 from agr_jax.config import Config
@@ -130,9 +131,8 @@ def _correct(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which images are right, where nothing is NaN, and where the attack began with no gradient."""
     inputs, no_gradient = to_unit_range(images), jnp.zeros_like(labels, bool)
-    look = getattr(attack, "look", None)
-    if look is not None:
-        inputs, (no_gradient, _) = look(classifier, inputs, labels, keys)
+    if isinstance(attack, GradientAttack):
+        inputs, (no_gradient, _) = attack.look(classifier, inputs, labels, keys)
     elif attack is not None:
         inputs = attack(classifier, inputs, labels, keys)
     logits = classifier(inputs)

@@ -15,6 +15,7 @@ from agr_jax import losses
 from agr_jax.attacks.apgd_rules import Found, Momentum, Rule, Sparse
 from agr_jax.attacks.attack import (
     Blind,
+    GradientAttack,
     LogitsFn,
     Loop,
     LossFn,
@@ -27,7 +28,6 @@ from agr_jax.attacks.attack import (
     mean_over_draws,
     misclassified,
     run,
-    warn_of_blind,
 )
 from agr_jax.threat import L1, L2, Linf, expand, gaussian_noise, per_image
 
@@ -36,7 +36,7 @@ _SHARE_OF_STEPS = (0.3, 0.3)  # the last radius has the rest
 
 
 @dataclasses.dataclass(frozen=True)
-class APGD:
+class APGD(GradientAttack):
     """Auto-PGD under L-infinity, L2 or L1, untargeted or against the likeliest wrong classes.
 
     Called as `attack(logits_fn, images, labels, key)`, under `jit` or not. An image that is
@@ -101,32 +101,10 @@ class APGD:
                 f"APGD.steps must be enough for the three radii of large_radii, got {self.steps}"
             )
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
-
-        Args:
-            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
-                evaluation mode; see `PGD.__call__`.
-            images: float32 or float64 in [0, 1].
-            labels: `[batch]` integers.
-            key: one JAX key, or one per image.
-
-        Raises:
-            ValueError: as `PGD.__call__`.
-
-        Warns:
-            EvaluationWarning: as `PGD.__call__`.
-        """
-        adversarial, blind = self.look(logits_fn, images, labels, key)
-        warn_of_blind(self, blind)
-        return adversarial
-
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
-        """The same, with the images at which it was blind, without a warning of them."""
+        """What a call returns, and at which images the attack was blind."""
         result: tuple[jax.Array, Blind] = run(
             _run_all, self, logits_fn, images, labels, key=key, loss_takes=self._loss_takes()
         )

@@ -8,6 +8,7 @@ arguments. Within the caller's own `jit` the attack becomes a part of that progr
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import inspect
@@ -77,6 +78,42 @@ class Outcome(NamedTuple):
 
 class EvaluationWarning(UserWarning):
     """Something that makes a robust accuracy unreliable."""
+
+
+class GradientAttack(abc.ABC):
+    """An attack that follows the gradient of a loss, and says where there was none."""
+
+    def __call__(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
+
+        Args:
+            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
+                evaluation mode; where the attack has `draws`, it takes a key too. It is traced at
+                each call: what it closes over, such as weights, is used as it is now.
+            images: float32 or float64 in [0, 1].
+            labels: `[batch]` integers, the classes to leave, or, if targeted, to reach.
+            key: one JAX key, or one per image; not used by attacks that draw nothing.
+
+        Raises:
+            ValueError: if images, labels or key have the wrong dtype, shape or range, or logits or
+                losses the wrong shape.
+
+        Warns:
+            EvaluationWarning: outside of `jit`: of images whose gradient, or SPSA's estimate of it,
+                is zero or NaN at the start, of a network that depends on the batch, of a radius as
+                large as the box.
+        """
+        adversarial, blind = self.look(logits_fn, images, labels, key)
+        warn_of_blind(self, blind)
+        return adversarial
+
+    @abc.abstractmethod
+    def look(
+        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Blind]:
+        """What a call returns, and at which images the attack was blind, without a warning."""
 
 
 class Step(Protocol):

@@ -13,6 +13,7 @@ from jax import lax
 from agr_jax import losses
 from agr_jax.attacks.attack import (
     Blind,
+    GradientAttack,
     LogitsFn,
     differing,
     misclassified,
@@ -27,7 +28,7 @@ _INSIDE = 0.999999
 
 
 @dataclasses.dataclass(frozen=True)
-class CarliniWagnerL2:
+class CarliniWagnerL2(GradientAttack):
     """Lowers `|x' - x|^2 + weight * max(confidence - margin, 0)`, with a search for the weight.
 
     Called as `attack(logits_fn, images, labels, key)`, under `jit` or not; nothing is drawn.
@@ -81,18 +82,10 @@ class CarliniWagnerL2:
         if not self.confidence >= 0:
             raise ValueError(f"CarliniWagnerL2.confidence must be >= 0, got {self.confidence}")
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
-        adversarial, blind = self.look(logits_fn, images, labels, key)
-        warn_of_blind(self, blind)
-        return adversarial
-
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
-        """The same, with the images at which it was blind, without a warning of them."""
+        """What a call returns, and at which images the attack was blind."""
         points, distance, blind = run(_nearest, self, logits_fn, images, labels)
         near = expand(distance <= self.threat.epsilon, points)
         return jnp.where(near, points, jnp.asarray(images)), blind

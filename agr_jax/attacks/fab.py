@@ -13,6 +13,7 @@ from jax import lax
 from agr_jax import losses
 from agr_jax.attacks.attack import (
     Blind,
+    GradientAttack,
     LogitsFn,
     Outcome,
     differing,
@@ -28,7 +29,7 @@ from agr_jax.threat import L1, L2, Linf, expand, flatten, per_image, scaled
 
 
 @dataclasses.dataclass(frozen=True)
-class FAB:
+class FAB(GradientAttack):
     """Walks along the decision boundary towards the image; targeted, or to the nearest class.
 
     Called as `attack(logits_fn, images, labels, key)`, under `jit` or not. Returns the nearest
@@ -78,32 +79,10 @@ class FAB:
             if getattr(self, name) < least:
                 raise ValueError(f"FAB.{name} must be at least {least}, got {getattr(self, name)}")
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
-
-        Args:
-            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
-                evaluation mode; see `PGD.__call__`.
-            images: float32 or float64 in [0, 1].
-            labels: `[batch]` integers.
-            key: one JAX key, or one per image.
-
-        Raises:
-            ValueError: as `PGD.__call__`.
-
-        Warns:
-            EvaluationWarning: as `PGD.__call__`.
-        """
-        adversarial, blind = self.look(logits_fn, images, labels, key)
-        warn_of_blind(self, blind)
-        return adversarial
-
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
-        """The same, with the images at which it was blind, without a warning of them."""
+        """What a call returns, and at which images the attack was blind."""
         points, distance, blind = run(_nearest, self, logits_fn, images, labels, key=key)
         near = expand(distance <= self.threat.epsilon, points)
         return jnp.where(near, points, jnp.asarray(images)), blind

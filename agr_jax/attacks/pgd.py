@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from agr_jax import losses
 from agr_jax.attacks.attack import (
     Blind,
+    GradientAttack,
     LogitsFn,
     LossFn,
     as_array,
@@ -28,7 +29,7 @@ from agr_jax.threat import L1, ThreatModel, check_threat, expand, gaussian_noise
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD:
+class PGD(GradientAttack):
     """Projected gradient ascent on a loss, for a fixed number of steps; returns the last iterate.
 
     With restarts it returns, image by image, the first restart's that is misclassified, or else the
@@ -123,35 +124,10 @@ class PGD:
                 f"the ball or near the image, got both (start_noise {self.start_noise})"
             )
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
-
-        Args:
-            logits_fn: any callable that maps images `[batch, ...]` (with `draws`: and a key) to
-                logits `[batch, classes]`, in evaluation mode. It is traced at each call: what it
-                closes over, such as weights, is used as it is now.
-            images: float32 or float64 in [0, 1].
-            labels: `[batch]` integers, the classes to leave, or, if targeted, to reach.
-            key: one JAX key, or one per image.
-
-        Raises:
-            ValueError: if images, labels or key have the wrong dtype, shape or range, or logits or
-                losses the wrong shape.
-
-        Warns:
-            EvaluationWarning: outside of `jit`: of images whose gradient is zero or NaN at the
-                start, of a network that depends on the batch, of a radius as large as the box.
-        """
-        adversarial, blind = self.look(logits_fn, images, labels, key)
-        warn_of_blind(self, blind)
-        return adversarial
-
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
-        """The same, with the images at which it was blind, without a warning of them."""
+        """What a call returns, and at which images the attack was blind."""
         return _run(_run_pgd, self, logits_fn, images, labels, key=key)
 
     def from_start(
@@ -196,7 +172,7 @@ def too_short(attack: PGD) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class FGSM:
+class FGSM(GradientAttack):
     """One step of the full radius from the image itself.
 
     Attributes:
@@ -212,18 +188,10 @@ class FGSM:
     def __post_init__(self) -> None:
         check_threat("FGSM.threat", self.threat)
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Returns adversarial images; `key` is not used. See `PGD.__call__`."""
-        adversarial, blind = self.look(logits_fn, images, labels, key)
-        warn_of_blind(self, blind)
-        return adversarial
-
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
-        """The same, with the images at which it was blind, without a warning of them."""
+        """What a call returns, and at which images the attack was blind."""
         epsilon = self.threat.epsilon
         if not isinstance(epsilon, jax.core.Tracer) and epsilon == 0:
             images, labels = as_array(images), as_array(labels)

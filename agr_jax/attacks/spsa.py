@@ -14,18 +14,18 @@ from jax import lax
 from agr_jax import losses
 from agr_jax.attacks.attack import (
     Blind,
+    GradientAttack,
     LogitsFn,
     LossFn,
     climbed,
     differing,
     run,
-    warn_of_blind,
 )
 from agr_jax.threat import ThreatModel, check_threat
 
 
 @dataclasses.dataclass(frozen=True)
-class SPSA:
+class SPSA(GradientAttack):
     """Simultaneous perturbation stochastic approximation, with Adam; returns the last iterate.
 
     Called as `attack(logits_fn, images, labels, key)`, under `jit` or not. The gradient at a point
@@ -78,32 +78,10 @@ class SPSA:
             if not getattr(self, name) > 0:
                 raise ValueError(f"SPSA.{name} must be positive, got {getattr(self, name)}")
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Returns adversarial images, of the shape and dtype of `images`, in the ball and the box.
-
-        Args:
-            logits_fn: any callable that maps images `[batch, ...]` to logits `[batch, classes]`, in
-                evaluation mode; see `PGD.__call__`.
-            images: float32 or float64 in [0, 1].
-            labels: `[batch]` integers.
-            key: one JAX key, or one per image.
-
-        Raises:
-            ValueError: as `PGD.__call__`.
-
-        Warns:
-            EvaluationWarning: as `PGD.__call__`, of the first estimate of the gradient.
-        """
-        adversarial, blind = self.look(logits_fn, images, labels, key)
-        warn_of_blind(self, blind)
-        return adversarial
-
     def look(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Blind]:
-        """The same, with the images at which it was blind, without a warning of them."""
+        """What a call returns, and at which images the attack was blind."""
         result: tuple[jax.Array, Blind] = run(
             _run, self, logits_fn, images, labels, key=key, gradient=False
         )
