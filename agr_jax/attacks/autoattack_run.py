@@ -166,11 +166,11 @@ class Run:
 
     def _messages_before(self) -> list[str]:
         rows, shape = next(packing.pack(np.arange(len(self.labels)), self.shapes))
-        images, _, keys = self._put(rows, shape, "clean")
+        images, labels, keys = self._put(rows, shape, "clean")
         network = self.network(shape)
-        logits = _judge(self._draws, network, images, self._put(rows, shape, "clean")[1], keys[0])
+        logits, _, _ = _judge(self._draws, network, images, labels, keys[0])
         found = [
-            checks.probabilities(logits[0]),
+            checks.probabilities(logits),
             checks.too_few_classes(self.num_classes, self.attack.sequence),
         ]
         if not self._draws:
