@@ -34,6 +34,8 @@ CASES = {
     "stride 2": ("NHWC", "HWIO", "NHWC", (8, 8), 3, 4, (3, 3), (2, 2), "SAME", None, None, 1),
     "odd": ("NCHW", "OIHW", "NCHW", (9, 7), 2, 3, (4, 3), (2, 3), [(1, 2), (0, 1)], None, None, 1),
     "short": ("NHWC", "HWIO", "NHWC", (9, 9), 2, 3, (2, 2), (3, 3), "VALID", None, None, 1),
+    "four": ("NHWC", "HWIO", "NHWC", (8, 8), 3, 4, (4, 4), (2, 2), [(1, 1), (1, 1)], None, None, 1),
+    "long": ("NHWC", "HWIO", "NHWC", (11, 9), 2, 3, (7, 5), (2, 3), "SAME", None, None, 1),
     "one": ("NHWC", "HWIO", "NHWC", (8, 9), 4, 3, (1, 1), (2, 2), "VALID", None, None, 1),
     "groups": ("NCHW", "OIHW", "NCHW", (8, 8), 4, 6, (3, 3), (2, 2), "SAME", None, None, 2),
     "depthwise": ("NHWC", "HWIO", "NHWC", (7, 7), 4, 4, (3, 3), (1, 1), "SAME", None, None, 4),

@@ -113,12 +113,13 @@ def _dilated(images: jax.Array, dilation: Sequence[int]) -> jax.Array:
 class _Axis(NamedTuple):
     """How one axis of a convolution of dilated images splits into phases of its output.
 
-    `output[d q + p]` meets `images[q + offset]` with the tap `taps[p, offset - first]`; the tap -1
-    is zero.
+    `output[d q + p]` meets `images[q + first + shifts[p] + w]` with the tap `taps[p, w]`; the tap
+    -1 is zero.
     """
 
     taps: np.ndarray
     first: int
+    shifts: list[int]
     phases: list[int]  # those that meet a tap
     length: int  # of the output
 
@@ -126,17 +127,22 @@ class _Axis(NamedTuple):
 def _axis(size: int, taps: int, dilation: int, pads: Sequence[int]) -> _Axis:
     low, high = pads
     length = (size - 1) * dilation + 1 + low + high - taps + 1
-    meetings = {}
+    meetings: dict[int, dict[int, int]] = {phase: {} for phase in range(dilation)}
     for phase, tap in itertools.product(range(dilation), range(taps)):
         offset, gap = divmod(phase - low + tap, dilation)
         if gap == 0:
-            meetings[phase, offset] = tap
-    first = min(offset for _, offset in meetings)
-    width = max(offset for _, offset in meetings) - first + 1
-    table = np.full([dilation, width], -1)
-    for (phase, offset), tap in meetings.items():
-        table[phase, offset - first] = tap
-    return _Axis(table, first, sorted({phase for phase, _ in meetings}), length)
+            meetings[phase][offset] = tap
+    first = min(min(offsets) for offsets in meetings.values() if offsets)
+    width = max(map(len, meetings.values()))
+    table, shifts = np.full([dilation, width], -1), []
+    for phase, offsets in meetings.items():
+        # As few as make room for the phase's last tap: most phases need none.
+        shift = max(max(offsets, default=first) - first - width + 1, 0)
+        shifts.append(shift)
+        for offset, tap in offsets.items():
+            table[phase, offset - first - shift] = tap
+    phases = [phase for phase, offsets in meetings.items() if offsets]
+    return _Axis(table, first, shifts, phases, length)
 
 
 def _at_taps(kernel: jax.Array, taps: np.ndarray, axis: int) -> jax.Array:
@@ -145,6 +151,24 @@ def _at_taps(kernel: jax.Array, taps: np.ndarray, axis: int) -> jax.Array:
     rows.append(jnp.zeros_like(rows[0]))
     of_phases = [jnp.stack([rows[tap] for tap in phase], axis) for phase in taps]
     return jnp.stack(of_phases, axis)
+
+
+def _shifted(
+    result: jax.Array, shifts: Sequence[int], count: int, places: int, phases: int
+) -> jax.Array:
+    """Along the axis `places`, so many from each phase's own first."""
+    if not any(shifts):
+        return result
+    parts = [
+        lax.slice_in_dim(
+            lax.slice_in_dim(result, phase, phase + 1, axis=phases),
+            shift,
+            shift + count,
+            axis=places,
+        )
+        for phase, shift in enumerate(shifts)
+    ]
+    return lax.concatenate(parts, phases)
 
 
 def _by_phase(
@@ -169,6 +193,9 @@ def _by_phase(
         for axis, each in zip(axes, dilation, strict=True)
     ]
     counts = [len(phases) for phases in kept]
+    shifts = [
+        [axis.shifts[phase] for phase in phases] for axis, phases in zip(axes, kept, strict=True)
+    ]
     for index, (axis, phases) in enumerate(zip(axes, kept, strict=True)):
         kernel = _at_taps(kernel, axis.taps[phases], 2 * index)
     # [phase, tap] for each axis, then in, out: to taps, in, and group by group phases and out
@@ -184,12 +211,15 @@ def _by_phase(
     )
     kernel = kernel.reshape(*widths, -1, groups * math.prod(counts) * outputs)
     steps = [-(-axis.length // each) for axis, each in zip(axes, dilation, strict=True)]
+    places = [count + max(shift) for count, shift in zip(steps, shifts, strict=True)]
     padding = tuple(
         (-axis.first, count - 1 + axis.first + width - size)
-        for axis, count, width, size in zip(axes, steps, widths, images.shape[1:-1], strict=True)
+        for axis, count, width, size in zip(axes, places, widths, images.shape[1:-1], strict=True)
     )
     result = convolution._replace(padding=padding)(images, kernel)
-    result = result.reshape(result.shape[0], *steps, groups, *counts, outputs)
+    result = result.reshape(result.shape[0], *places, groups, *counts, outputs)
+    for index, (count, shift) in enumerate(zip(steps, shifts, strict=True)):
+        result = _shifted(result, shift, count, 1 + index, 2 + spatial + index)
     interleaved = [(1 + index, 2 + spatial + index) for index in range(spatial)]
     result = result.transpose(
         0, *itertools.chain(*interleaved), 1 + spatial, 2 + 2 * spatial
