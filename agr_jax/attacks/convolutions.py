@@ -35,6 +35,22 @@ def is_canonical(parameters: Mapping[str, Any]) -> bool:
     return plain and tuple(map(tuple, numbers)) == layout
 
 
+def multiplications(images: Any, kernel: Any, result: Any, parameters: Mapping[str, Any]) -> float:
+    """How many a convolution takes for each image, those by zeros of a dilation not counted.
+
+    Args:
+        images: array, or its shape: the first operand, in its own layout.
+        kernel: likewise.
+        result: likewise.
+        parameters: of a `conv_general_dilated` in a jaxpr.
+    """
+    numbers = parameters["dimension_numbers"]
+    outputs = numbers.rhs_spec[0]
+    taps = math.prod(kernel.shape) / kernel.shape[outputs]
+    per_output = taps / math.prod(parameters["lhs_dilation"])
+    return per_output * math.prod(result.shape) / images.shape[numbers.lhs_spec[0]]
+
+
 def canonical(images: jax.Array, kernel: jax.Array, parameters: Mapping[str, Any]) -> jax.Array:
     """The convolution's result, by canonical convolutions alone.
 

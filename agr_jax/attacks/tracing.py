@@ -38,6 +38,9 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
+# Multiplications of a convolution for one image, from which XLA's default library for them does not
+# pay on a CPU: between the networks of 0.4 and 1.7 million that were measured (docs/speed.md).
+_LARGE = 1e6
 _PLACEMENT = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
 
 
@@ -75,10 +78,11 @@ class Program:
             what is not to be differentiated.
         value: shape and dtype of the value.
         rewritten: number of convolutions that were put into another form.
-        float32_alone: there are convolutions, and all are of float32.
+        large_convolutions: there are convolutions, all of float32, of a million multiplications for
+            each image on average.
     """
 
-    __slots__ = ("__weakref__", "backward", "float32_alone", "forward", "rewritten", "value")
+    __slots__ = ("__weakref__", "backward", "forward", "large_convolutions", "rewritten", "value")
 
     def __init__(
         self,
@@ -86,10 +90,11 @@ class Program:
         backward: core.ClosedJaxpr | None,
         value: jax.ShapeDtypeStruct,
         rewritten: int,
-        float32_alone: bool,
+        large_convolutions: bool,
     ) -> None:
         self.forward, self.backward = forward, backward
-        self.value, self.rewritten, self.float32_alone = value, rewritten, float32_alone
+        self.value, self.rewritten = value, rewritten
+        self.large_convolutions = large_convolutions
 
 
 # By content. A program lives as long as something compiled, or a caller, holds it.
@@ -127,8 +132,8 @@ def trace(
     found = content(forward), None if backward is None else content(backward)
     program = _programs.get(found)
     if program is None:
-        float32_alone = rewriter.dtypes == {jnp.dtype(jnp.float32)}
-        program = Program(forward, backward, value, rewriter.rewritten, float32_alone)
+        large = rewriter.large_convolutions
+        program = Program(forward, backward, value, rewriter.rewritten, large)
         _programs[found] = program
     return Traced(arrays, arrays_backward, program)
 
@@ -182,8 +187,16 @@ class _Rewriter:
 
     def __init__(self, *, rewrite: bool) -> None:
         self.rewrite, self.rewritten = rewrite, 0
-        self.dtypes: set[Any] = set()  # of convolutions
+        self._convolutions: list[tuple[Any, float]] = []  # dtype and multiplications of each
         self._arguments: dict[int, Any] = {}
+
+    @property
+    def large_convolutions(self) -> bool:
+        """See `Program`."""
+        found = self._convolutions
+        if any(dtype != jnp.float32 for dtype, _ in found):
+            return False
+        return sum(size for _, size in found) >= _LARGE * max(len(found), 1)
 
     def with_arguments(self, closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, tuple[Any, ...]]:
         """The rewritten jaxpr, whose first arguments are the arrays that it uses, and those."""
@@ -218,7 +231,9 @@ class _Rewriter:
         if _is_call(equation):
             return self._evaluate(closed_jaxpr(parameters[_CALLS[name]]), operands)
         if self.rewrite and name == "conv_general_dilated":
-            self.dtypes.update(operand.dtype for operand in operands)
+            result: Any = equation.outvars[0].aval
+            size = convolutions.multiplications(*operands, result, parameters)
+            self._convolutions.append((result.dtype, size))
             if not convolutions.is_canonical(parameters):
                 self.rewritten += 1
                 return [convolutions.canonical(operands[0], operands[1], parameters)]
