@@ -232,7 +232,7 @@ class _Rewriter:
             return self._evaluate(closed_jaxpr(parameters[_CALLS[name]]), operands)
         if self.rewrite and name == "conv_general_dilated":
             result: Any = equation.outvars[0].aval
-            size = convolutions.multiplications(*operands, result, parameters)
+            size = convolutions.multiplications(operands[0], operands[1], result, parameters)
             self._convolutions.append((result.dtype, size))
             if not convolutions.is_canonical(parameters):
                 self.rewritten += 1
