@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from agr_jax.attacks.convolutions import canonical, is_canonical
+from agr_jax.attacks.convolutions import fast, is_fast
 from agr_jax.attacks.tracing import trace
 
 # layout of images, kernel and result; size, channels in and out; kernel, strides, padding
@@ -57,6 +57,55 @@ CASES = {
         None,
         1,
     ),
+    # Few channels on one side, in the value or the gradient.
+    "stem": ("NHWC", "HWIO", "NHWC", (8, 7), 3, 16, (3, 3), (1, 1), "SAME", None, None, 1),
+    "stem, stride 2": ("NCHW", "OIHW", "NCHW", (9, 8), 3, 48, (5, 4), (2, 3), PADS, None, None, 1),
+    "stem, dilated": ("NHWC", "HWIO", "NHWC", (9, 9), 1, 9, (3, 2), (1, 2), PADS, None, (2, 3), 1),
+    "stem, tiny": ("NHWC", "HWIO", "NHWC", (1, 2), 2, 9, (3, 3), (1, 1), "SAME", None, None, 1),
+    "stem, cropped": (
+        "NHWC",
+        "HWIO",
+        "NHWC",
+        (9, 9),
+        2,
+        9,
+        (3, 3),
+        (1, 1),
+        [(-1, 2), (0, -2)],
+        None,
+        None,
+        1,
+    ),
+    "last": ("NHWC", "HWIO", "NHWC", (8, 7), 20, 3, (3, 3), (1, 1), "SAME", None, (1, 2), 1),
+    "last, transposed": (
+        "NHWC",
+        "HWIO",
+        "NHWC",
+        (5, 4),
+        12,
+        1,
+        (3, 3),
+        (1, 1),
+        PADS,
+        (2, 2),
+        None,
+        1,
+    ),
+    "stem, row": ("NCH", "OIH", "NCH", (11,), 1, 4, (3,), (1,), "SAME", None, None, 1),
+    "stem, volume": (
+        "NCDHW",
+        "OIDHW",
+        "NCDHW",
+        (5, 4, 3),
+        1,
+        14,
+        (3,) * 3,
+        (1,) * 3,
+        "SAME",
+        None,
+        None,
+        1,
+    ),
 }
 
 
@@ -89,11 +138,11 @@ def test_the_same_value_and_gradient(name):
 
     (equation,) = jax.make_jaxpr(convolve)(images).jaxpr.eqns
     value, pull_back = jax.vjp(convolve, images)
-    if not is_canonical(equation.params):
-        found = jax.jit(lambda x: canonical(x, kernel, equation.params))(images)
+    if not is_fast(kernel, equation.params):
+        found = jax.jit(lambda x: fast(x, kernel, equation.params))(images)
         np.testing.assert_allclose(found, value, atol=2e-5)
     cotangent = jnp.asarray(rng.normal(size=value.shape), jnp.float32)
-    # The gradient as attacks take it, with all that is not canonical rewritten.
+    # The gradient as attacks take it, with all that is not in the fast form rewritten.
     traced = trace(convolve, images)
     if jax.default_backend() == "cpu":
         assert traced.program.rewritten
@@ -102,6 +151,10 @@ def test_the_same_value_and_gradient(name):
     np.testing.assert_allclose(found, pull_back(cotangent)[0], atol=2e-5)
     text = str(traced.program.forward) + str(traced.program.backward)
     assert set(re.findall(r"lhs_dilation=\(([^)]*)\)", text)) <= {"1, 1", "1,", "1, 1, 1"}
+    if name in ("stem", "stem, dilated", "stem, row", "last", "last, transposed"):
+        thin = traced.program.backward if name.startswith("stem") else traced.program.forward
+        assert "dot_general" in str(thin)
+        assert name == "stem, dilated" or "conv_general_dilated" not in str(thin)
 
 
 @pytest.mark.parametrize(("width", "dtype", "large"), [(64, "f4", 1), (8, "f4", 0), (64, "f2", 0)])

@@ -4,13 +4,18 @@ That compiler rewrites convolutions of other layouts, and the dilated ones of au
 differentiation, at the top level of a program only. Inside a loop, such as the iterations of an
 attack, they take a generic path that is 8 to 24 times slower. So they are rewritten here: images as
 `[batch, *spatial, channels]`, kernels as `[*spatial, in, out]`, and no dilation of the images.
+
+Where there are only a few channels on one side, as in a network's first layer and its gradient, the
+library's convolutions mostly move data; these are one matrix product here, with the taps beside the
+channels (1.5 to 4 times faster for the first layer of a network on CIFAR-10).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# Channels below which a library's convolution mostly moves data, and how wide all taps may be.
+_FEW_INPUTS, _FEW_OUTPUTS, _WIDE, _WIDER = 4, 12, 64, 4
 
-def is_canonical(parameters: Mapping[str, Any]) -> bool:
+
+def is_fast(kernel: Any, parameters: Mapping[str, Any]) -> bool:
     """Whether a convolution has the fast form, or is one that is left as it is.
 
     Args:
+        kernel: array, or its shape and dtype: the second operand, in its own layout.
         parameters: of a `conv_general_dilated` in a jaxpr.
     """
     numbers = parameters["dimension_numbers"]
@@ -32,7 +41,10 @@ def is_canonical(parameters: Mapping[str, Any]) -> bool:
     if parameters["batch_group_count"] != 1 or parameters.get("out_sharding") is not None:
         return True  # gradients of the kernels of grouped convolutions; placed by the user
     plain = all(dilation == 1 for dilation in parameters["lhs_dilation"])
-    return plain and tuple(map(tuple, numbers)) == layout
+    if not plain or tuple(map(tuple, numbers)) != layout:
+        return False
+    convolution = _Convolution.of(parameters)
+    return not (convolution.has_few_inputs(kernel) or convolution.has_few_outputs(kernel))
 
 
 def multiplications(images: Any, kernel: Any, result: Any, parameters: Mapping[str, Any]) -> float:
@@ -51,27 +63,20 @@ def multiplications(images: Any, kernel: Any, result: Any, parameters: Mapping[s
     return per_output * math.prod(result.shape) / images.shape[numbers.lhs_spec[0]]
 
 
-def canonical(images: jax.Array, kernel: jax.Array, parameters: Mapping[str, Any]) -> jax.Array:
-    """The convolution's result, by canonical convolutions alone.
+def fast(images: jax.Array, kernel: jax.Array, parameters: Mapping[str, Any]) -> jax.Array:
+    """The convolution's result, by convolutions of the fast form and matrix products alone.
 
     Args:
         images: its first operand, in its own layout.
         kernel: its second.
-        parameters: of a `conv_general_dilated` in a jaxpr, not canonical.
+        parameters: of a `conv_general_dilated` in a jaxpr, not `is_fast`.
     """
     numbers = parameters["dimension_numbers"]
     batch, channels, *spatial = numbers.lhs_spec
     outputs, inputs, *taps = numbers.rhs_spec
     images = images.transpose(batch, *spatial, channels)
     kernel = kernel.transpose(*taps, inputs, outputs)
-    convolution = _Convolution(
-        strides=tuple(parameters["window_strides"]),
-        padding=tuple(tuple(pads) for pads in parameters["padding"]),
-        kernel_dilation=tuple(parameters["rhs_dilation"]),
-        groups=parameters["feature_group_count"],
-        precision=parameters["precision"],
-        element_type=parameters["preferred_element_type"],
-    )
+    convolution = _Convolution.of(parameters)
     dilation = tuple(parameters["lhs_dilation"])
     if all(each == 1 for each in dilation):
         result = convolution(images, kernel)
@@ -95,7 +100,45 @@ class _Convolution(NamedTuple):
     precision: Any
     element_type: Any
 
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> _Convolution:
+        """With the parameters of a `conv_general_dilated`."""
+        return cls(
+            strides=tuple(parameters["window_strides"]),
+            padding=tuple(tuple(pads) for pads in parameters["padding"]),
+            kernel_dilation=tuple(parameters["rhs_dilation"]),
+            groups=parameters["feature_group_count"],
+            precision=parameters["precision"],
+            element_type=parameters["preferred_element_type"],
+        )
+
+    def _is_dense(self, kernel: Any) -> bool:
+        """One group of more than one tap, in a dtype whose sums may be taken in parts."""
+        dtypes = {jnp.dtype(kernel.dtype), jnp.dtype(self.element_type or kernel.dtype)}
+        taps = math.prod(kernel.shape[:-2])
+        return self.groups == 1 and taps > 1 and dtypes <= {jnp.dtype("f4"), jnp.dtype("f8")}
+
+    def has_few_inputs(self, kernel: Any) -> bool:
+        """The patches of all taps are small beside the result; of a kernel `[*taps, in, out]`."""
+        *taps, inputs, outputs = kernel.shape
+        width = math.prod(taps) * inputs
+        return (
+            self._is_dense(kernel)
+            and inputs <= _FEW_INPUTS
+            and width <= min(_WIDE, _WIDER * outputs)
+        )
+
+    def has_few_outputs(self, kernel: Any) -> bool:
+        """The products of all taps are small beside the images; of a kernel `[*taps, in, out]`."""
+        *taps, inputs, outputs = kernel.shape
+        few = outputs <= _FEW_OUTPUTS and math.prod(taps) * outputs <= _WIDER * inputs
+        return self._is_dense(kernel) and few and all(stride == 1 for stride in self.strides)
+
     def __call__(self, images: jax.Array, kernel: jax.Array) -> jax.Array:
+        if self.has_few_inputs(kernel):
+            return self._of_patches(images, kernel)
+        if self.has_few_outputs(kernel):
+            return self._of_products(images, kernel)
         axes = images.ndim
         layout = (0, axes - 1, *range(1, axes - 1))
         return lax.conv_general_dilated(
@@ -112,13 +155,62 @@ class _Convolution(NamedTuple):
             preferred_element_type=self.element_type,
         )
 
+    def _of_patches(self, images: jax.Array, kernel: jax.Array) -> jax.Array:
+        """What all taps meet, side by side in the channels, times the kernel."""
+        padded = lax.pad(images, jnp.zeros([], images.dtype), _borders(self.padding))
+        patches = [padded[place] for place in self._places(padded, kernel)]
+        return self._product(jnp.concatenate(patches, -1), kernel.reshape(-1, kernel.shape[-1]))
+
+    def _of_products(self, images: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The images times each tap, added up where the taps meet."""
+        *_, inputs, outputs = kernel.shape
+        padded = lax.pad(images, jnp.zeros([], images.dtype), _borders(self.padding))
+        products = self._product(padded, jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1))
+        products = products.reshape(*padded.shape[:-1], -1, outputs)
+        places = enumerate(self._places(padded, kernel))
+        return functools.reduce(jnp.add, (products[*place, index] for index, place in places))
+
+    def _places(self, padded: jax.Array, kernel: jax.Array) -> Iterator[tuple[slice, ...]]:
+        """The pixels that each tap meets, of images with their borders."""
+        for tap in itertools.product(*map(range, kernel.shape[:-2])):
+            axes = zip(
+                padded.shape[1:-1],
+                kernel.shape[:-2],
+                tap,
+                self.kernel_dilation,
+                self.strides,
+                strict=True,
+            )
+            yield (
+                slice(None),
+                *(
+                    slice(index * step, size - (taps - 1 - index) * step, stride)
+                    for size, taps, index, step, stride in axes
+                ),
+            )
+
+    def _product(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        result: jax.Array = lax.dot_general(
+            left,
+            right,
+            (((left.ndim - 1,), (0,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.element_type,
+        )
+        return result
+
+
+def _borders(pads: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """Of `lax.pad`, for images `[batch, *spatial, channels]`."""
+    return [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
+
 
 def _cropped(images: jax.Array, padding: Sequence[Sequence[int]]) -> jax.Array:
     """Without the borders that a negative padding takes away."""
     if all(min(pads) >= 0 for pads in padding):
         return images
-    crops = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in padding), (0, 0, 0)]
-    return lax.pad(images, jnp.zeros([], images.dtype), crops)
+    crops = [(min(low, 0), min(high, 0)) for low, high in padding]
+    return lax.pad(images, jnp.zeros([], images.dtype), _borders(crops))
 
 
 def _dilated(images: jax.Array, dilation: Sequence[int]) -> jax.Array:

@@ -234,9 +234,9 @@ class _Rewriter:
             result: Any = equation.outvars[0].aval
             size = convolutions.multiplications(operands[0], operands[1], result, parameters)
             self._convolutions.append((result.dtype, size))
-            if not convolutions.is_canonical(parameters):
+            if not convolutions.is_fast(operands[1], parameters):
                 self.rewritten += 1
-                return [convolutions.canonical(operands[0], operands[1], parameters)]
+                return [convolutions.fast(operands[0], operands[1], parameters)]
         elif self.rewrite:
             parameters = {key: self._inside(value) for key, value in parameters.items()}
         if name != "sharding_constraint":
@@ -319,9 +319,9 @@ def _is_placed(parameter: tuple[str, Any]) -> bool:
 
 
 def _to_rewrite(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> bool:
-    """Whether there is a convolution, anywhere inside, that is not canonical."""
+    """Whether there is a convolution, anywhere inside, that is to have another form."""
     return any(
-        not convolutions.is_canonical(equation.params)
+        not convolutions.is_fast(equation.invars[1].aval, equation.params)
         if equation.primitive.name == "conv_general_dilated"
         else any(map(_to_rewrite, _bodies(equation.params.values())))
         for equation in closed_jaxpr(jaxpr).jaxpr.eqns
