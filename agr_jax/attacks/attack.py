@@ -49,6 +49,11 @@ class Blind(NamedTuple):
         flat = flatten(gradient)
         return cls(~jnp.any(flat != 0, axis=1), jnp.any(jnp.isnan(flat), axis=1))
 
+    def or_first(self, index: jax.Array, gradient: jax.Array) -> Blind:
+        """That of the gradient if it is the first of a loop, with index 0; else as before."""
+        blind: Blind = lax.cond(index == 0, Blind.of, lambda _: self, gradient)
+        return blind
+
     @classmethod
     def nowhere(cls, labels: jax.Array) -> Blind:
         """All false."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -129,6 +128,19 @@ class _Found(NamedTuple):
     in_ball: jax.Array
 
 
+class _State(NamedTuple):
+    """What one step leaves for the next: the iterates, and the boundary as seen from there.
+
+    The step reads the gradient many times. As a part of the loop's state it is computed once; XLA's
+    CPU compiler would put the last operations of the network's gradient in each place.
+    """
+
+    points: jax.Array
+    difference: jax.Array
+    gradient: jax.Array
+    found: _Found
+
+
 def _nearest(
     attack: FAB, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array, Blind]:
@@ -167,10 +179,9 @@ def _run(
 ) -> tuple[_Found, Blind]:
     start, step = _prepare(attack, logits_fn, images, labels, keys, index)
     finished = _all_in_ball if attack.stop_when_fooled else None
-    none = differing(jnp.zeros_like(labels, bool), labels)
-    state = differing(start, images), _nothing(images, labels), Blind(none, none)
-    _, found, blind = loop_on_device(step, logits_fn, state, attack.steps, finished)
-    return found, blind
+    state = step.start(logits_fn, differing(start, images), _nothing(images, labels))
+    result = loop_on_device(step, logits_fn, state, attack.steps, finished)
+    return result.found, Blind.of(state.gradient)
 
 
 def _prepare(
@@ -200,8 +211,8 @@ def _nothing(images: jax.Array, labels: jax.Array) -> _Found:
     )
 
 
-def _all_in_ball(state: tuple[jax.Array, _Found, Blind]) -> jax.Array:
-    return state[1].in_ball.all()
+def _all_in_ball(state: _State) -> jax.Array:
+    return state.found.in_ball.all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,16 +224,16 @@ class _Step:
     labels: jax.Array
     targets: jax.Array | None
 
-    def __call__(
-        self, logits_fn: LogitsFn, state: tuple[jax.Array, _Found, Blind], index: jax.Array
-    ) -> tuple[jax.Array, _Found, Blind]:
-        points, found, blind = state
-        attack, images, threat = self.attack, self.images, self.attack.threat
-        difference, gradient = _nearest_boundary(
-            threat, logits_fn, points, self.labels, self.targets
+    def start(self, logits_fn: LogitsFn, points: jax.Array, found: _Found) -> _State:
+        """With the boundary as seen from these points."""
+        boundary = _nearest_boundary(
+            self.attack.threat, logits_fn, points, self.labels, self.targets
         )
-        first = functools.partial(jnp.where, index == 0)
-        blind = jax.tree.map(first, Blind.of(gradient), blind)
+        return _State(points, *boundary, found)
+
+    def __call__(self, logits_fn: LogitsFn, state: _State, index: jax.Array) -> _State:
+        points, difference, gradient, found = state
+        attack, images, threat = self.attack, self.images, self.attack.threat
         weights, here, flat_images = flatten(gradient), flatten(points), flatten(images)
         # The same hyperplane, seen from the iterate and from the image.
         from_image = difference + (weights * (flat_images - here)).sum(1)
@@ -251,7 +262,7 @@ class _Step:
             in_ball=found.in_ball | (sure & (distance <= threat.epsilon)),
         )
         back = images + attack.backward * (moved - images)
-        return jnp.where(expand(wrong, images), back, moved), best, blind
+        return self.start(logits_fn, jnp.where(expand(wrong, images), back, moved), best)
 
 
 def _nearest_boundary(

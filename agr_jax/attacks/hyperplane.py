@@ -37,8 +37,8 @@ def step_to_hyperplane(
     """
     # The same hyperplane: short normals are of another scale, not of less use.
     largest = jnp.abs(weights).max(-1)
-    scale = jnp.where((largest > 0) & (largest < _SHORT), largest, 1)
-    weights, excess = weights / scale[..., None], excess / scale
+    scale = 1 / jnp.where((largest > 0) & (largest < _SHORT), largest, 1)
+    weights, excess = weights * scale[..., None], excess * scale
     excess_sign = jnp.where(excess >= 0, 1, -1).astype(points.dtype)
     signed = weights * excess_sign[..., None]
     size = jnp.abs(signed)

@@ -340,12 +340,12 @@ def _ascend(
     ) -> tuple[jax.Array, jax.Array | None, Blind]:
         candidates, total, blind = carry
         direction = gradient(candidates, index)
-        first = jax.tree.map(functools.partial(jnp.where, index == 0), Blind.of(direction), blind)
+        blind = blind.or_first(index, direction)
         if total is not None:
             unit = L1(1.0, sparsity=None).ascent(direction)
             total = direction = attack.momentum * total + unit
         moved = candidates + step_size * threat.ascent(direction)
-        return threat.project(moved, images, box=attack.box_every_step), total, first
+        return threat.project(moved, images, box=attack.box_every_step), total, blind
 
     total = differing(jnp.zeros_like(start), start) if attack.momentum else None
     none = differing(jnp.zeros_like(labels, bool), labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -120,8 +119,7 @@ def _run(
             return total + jax.vmap(along)(group).sum(0), None
 
         total, _ = lax.scan(add, differing(jnp.zeros_like(images), images), groups)
-        first = functools.partial(jnp.where, index == 0)
-        blind = jax.tree.map(first, Blind.of(total), blind)
+        blind = blind.or_first(index, total)
         updates, state = adam.update(-total / directions, state)
         return attack.threat.project(points + updates, images), state, blind
 
