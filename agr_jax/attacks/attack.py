@@ -270,9 +270,10 @@ def _check_logits(examples: int, logits: Any) -> None:
         kind = type(logits).__name__
         raise ValueError(f"{wanted}; got a {kind}: pass a function that returns the logits alone")
     if logits.shape in ((examples,), (examples, 1)):
+        join = "stack" if logits.ndim == 1 else "concatenate"
         raise ValueError(
             f"{wanted}; got one for each image, shape {logits.shape}: for a sigmoid network return "
-            "the two logits [0, z], jnp.concatenate([jnp.zeros_like(z), z], axis=1)"
+            f"the two logits [0, z], jnp.{join}([jnp.zeros_like(z), z], axis=1)"
         )
     if logits.ndim != 2 or logits.shape[0] != examples:
         raise ValueError(f"{wanted}; got shape {logits.shape} for {examples} images")
