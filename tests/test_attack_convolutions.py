@@ -29,6 +29,8 @@ CASES = {
         None,
         1,
     ),
+    # Borders that no pixel meets: the gradient crops more than there is.
+    "far": ("NCHW", "OIHW", "NCHW", (1, 2), 2, 3, (1, 1), (1, 1), [(2, -2), (0, 1)], None, None, 1),
     "flax": ("NHWC", "HWIO", "NHWC", (8, 8), 3, 4, (3, 3), (1, 1), "SAME", None, None, 1),
     "torch": ("NCHW", "OIHW", "NCHW", (8, 7), 3, 4, (3, 3), (1, 1), "SAME", None, None, 1),
     "stride 2": ("NHWC", "HWIO", "NHWC", (8, 8), 3, 4, (3, 3), (2, 2), "SAME", None, None, 1),

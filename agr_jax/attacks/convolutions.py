@@ -93,7 +93,7 @@ class _Convolution(NamedTuple):
     """A convolution of canonical layout, without dilation of the images."""
 
     strides: tuple[int, ...]
-    padding: tuple[tuple[int, ...], ...]
+    padding: tuple[tuple[int, int], ...]
     kernel_dilation: tuple[int, ...]
     groups: int
     precision: Any
@@ -104,7 +104,7 @@ class _Convolution(NamedTuple):
         """With the parameters of a `conv_general_dilated`."""
         return cls(
             strides=tuple(parameters["window_strides"]),
-            padding=tuple(tuple(pads) for pads in parameters["padding"]),
+            padding=tuple((low, high) for low, high in parameters["padding"]),
             kernel_dilation=tuple(parameters["rhs_dilation"]),
             groups=parameters["feature_group_count"],
             precision=parameters["precision"],
@@ -125,13 +125,17 @@ class _Convolution(NamedTuple):
     def __call__(self, images: jax.Array, kernel: jax.Array) -> jax.Array:
         if self.has_few_outputs(kernel):
             return self._of_products(images, kernel)
+        padding = self.padding
+        if any(min(pads) < 0 for pads in padding):
+            images = lax.pad(images, jnp.zeros([], images.dtype), _borders(padding))
+            padding = ((0, 0),) * len(padding)
         axes = images.ndim
         layout = (0, axes - 1, *range(1, axes - 1))
         return lax.conv_general_dilated(
-            _cropped(images, self.padding),
+            images,
             kernel,
             window_strides=self.strides,
-            padding=[(max(low, 0), max(high, 0)) for low, high in self.padding],
+            padding=padding,
             rhs_dilation=self.kernel_dilation,
             dimension_numbers=lax.ConvDimensionNumbers(
                 layout, (axes - 1, axes - 2, *range(axes - 2)), layout
@@ -163,14 +167,6 @@ class _Convolution(NamedTuple):
 def _borders(pads: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
     """Of `lax.pad`, for images `[batch, *spatial, channels]`."""
     return [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
-
-
-def _cropped(images: jax.Array, padding: Sequence[Sequence[int]]) -> jax.Array:
-    """Without the borders that a negative padding takes away."""
-    if all(min(pads) >= 0 for pads in padding):
-        return images
-    crops = [(min(low, 0), min(high, 0)) for low, high in padding]
-    return lax.pad(images, jnp.zeros([], images.dtype), _borders(crops))
 
 
 def _dilated(images: jax.Array, dilation: Sequence[int]) -> jax.Array:
