@@ -10,7 +10,7 @@ from golden_networks import random_network, trained_network
 
 from agr_jax import losses
 from agr_jax.attacks import apgd, fab
-from agr_jax.attacks.attack import Blind, loop_on_device
+from agr_jax.attacks.attack import loop_on_device
 from agr_jax.attacks.fab import _nothing, _Step
 from agr_jax.threat import L1, L2, Linf
 
@@ -69,9 +69,9 @@ def test_apgd(golden, file, norm, loss):
 @functools.partial(jax.jit, static_argnums=0)
 def fab_run(attack, logits_fn, images, labels, targets, count):
     """So many steps, a number that is traced: one program for all."""
-    start = images, _nothing(images, labels), Blind.nowhere(labels)
     step = _Step(attack, images, labels, targets)
-    return loop_on_device(step, logits_fn, start, count)[1]
+    start = step.start(logits_fn, images, _nothing(images, labels))
+    return loop_on_device(step, logits_fn, start, count).found
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
