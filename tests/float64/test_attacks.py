@@ -74,7 +74,14 @@ def fab_run(attack, logits_fn, images, labels, targets, count):
     return loop_on_device(step, logits_fn, start, count).found
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "Linf",
+        pytest.param("L2", marks=pytest.mark.slow),
+        pytest.param("L1", marks=pytest.mark.slow),
+    ],
+)
 def test_fab(golden, norm):
     stored, logits_fn = golden("fab_cnn_a.npz"), network(golden, "cnn_a")
     images, labels = images_of(stored), jnp.asarray(stored["y"])

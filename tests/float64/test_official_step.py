@@ -125,6 +125,7 @@ def test_awp_with_agr(take_step, names, clean_gradient_at, key, forward):
     check(perturbation_errors(result, z, "agr64_", names, gamma=0.01))
 
 
+@pytest.mark.slow  # one step of each kind is held above
 def test_three_agr_steps_in_a_row(golden, names):
     trainer = make_trainer(agr=True, conv="plain", dtype=jnp.float64)
     step = compiled_step(trainer, agr=True)
