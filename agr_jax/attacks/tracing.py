@@ -39,7 +39,7 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 # Multiplications of a convolution for one image, from which XLA's default library for them does not
-# pay on a CPU: between the networks of 0.4 and 1.7 million that were measured (docs/speed.md).
+# pay on a CPU: between the two networks that were measured (docs/speed.md, "Networks of your own").
 _LARGE = 1e6
 _PLACEMENT = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
 
