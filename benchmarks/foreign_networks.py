@@ -219,21 +219,27 @@ def contenders(network: Network, images: jax.Array, labels: jax.Array) -> dict[s
 
         return jax.lax.fori_loop(0, STEPS, step, x)
 
-    def with_library() -> jax.Array:
-        def kept(function: Any, constants: Any, *, leave_out_library: bool) -> Any:
-            return original(function, constants, leave_out_library=False)
-
-        original = calling._jit
-        with mock.patch.object(calling, "_jit", kept):
-            return attack(network, images, labels, key)
-
     return {
         "naive": naive(network, images, labels),
         "attack": lambda: attack(network, images, labels, key),
         "in jit": lambda: within(images),
-        "with library": with_library,
+        "with library": with_library(lambda: attack(network, images, labels, key), kept=True),
         "not rewritten": lambda: as_it_is(images),
     }
+
+
+def with_library(function: Callable[[], Any], *, kept: bool) -> Callable[[], Any]:
+    """The function, with XLA's default library for convolutions kept or left out in attacks."""
+    original = calling._jit
+
+    def chosen(function: Any, constants: Any, *, leave_out_library: bool) -> Any:
+        return original(function, constants, leave_out_library=not kept)
+
+    def run() -> Any:
+        with mock.patch.object(calling, "_jit", chosen):
+            return function()
+
+    return run
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
@@ -353,6 +359,8 @@ def ensemble(options: argparse.Namespace) -> None:
         return run
 
     functions = {name: evaluate(name, f) for name, f in (("own", by_library), ("Flax", by_flax))}
+    functions["own, without XLA's library"] = with_library(functions["own"], kept=False)
+    functions["own, with it"] = with_library(functions["own"], kept=True)
     found = in_turns(functions, options.turns)
     print("AutoAttack standard, of the own network:", ratios(found, "own"))
     same = int((results["own"].robust == results["Flax"].robust).sum())

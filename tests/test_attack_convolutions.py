@@ -148,27 +148,29 @@ def test_the_same_value_and_gradient(name):
     traced = trace(convolve, images)
     if jax.default_backend() == "cpu":
         assert traced.program.rewritten
-        assert not traced.program.large_convolutions
+        assert traced.program.float32_convolutions
     found = jax.jit(lambda traced, x: jax.vjp(traced, x)[1](cotangent)[0])(traced, images)
     np.testing.assert_allclose(found, pull_back(cotangent)[0], atol=2e-5)
     text = str(traced.program.forward) + str(traced.program.backward)
     assert set(re.findall(r"lhs_dilation=\(([^)]*)\)", text)) <= {"1, 1", "1,", "1, 1, 1"}
-    if name.startswith(("stem", "last")) and name != "stem, stride 2" and "volume" not in name:
+    if not traced.program.rewritten:  # not on a CPU
+        return
+    if name.startswith(("stem", "last")) and name != "stem, stride 2":
         few = traced.program.backward if name.startswith("stem") else traced.program.forward
         assert "dot_general" in str(few)
         assert "conv_general_dilated" not in str(few)
 
 
-@pytest.mark.parametrize(("width", "dtype", "large"), [(64, "f4", 1), (8, "f4", 0), (64, "f2", 0)])
-def test_which_networks_are_better_off_without_the_library(width, dtype, large):
-    kernel = jnp.ones((3, 3, width, width), dtype)
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_which_networks_are_better_off_without_the_library(dtype):
+    kernel = jnp.ones((3, 3, 8, 8), dtype)
 
     def network(x):
-        x = jnp.broadcast_to(x, (*x.shape[:3], width)).astype(dtype)
+        x = jnp.broadcast_to(x, (*x.shape[:3], 8)).astype(dtype)
         layout = ("NHWC", "HWIO", "NHWC")
         x = lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout)
         return x.mean((1, 2)).astype(jnp.float32)
 
     program = trace(network, jnp.zeros((5, 16, 16, 1))).program
     if jax.default_backend() == "cpu":
-        assert program.large_convolutions == bool(large)
+        assert program.float32_convolutions == (dtype == "f4")

@@ -359,10 +359,10 @@ _nested = jax.jit(_directly, static_argnames=("function", "fixed"))
 def compiled_for(program: tracing.Program) -> Callable[..., Callable[..., Any]]:
     """How programs with this network are compiled: makes them from a function and its constants.
 
-    On a CPU, large convolutions of float32 and of canonical form are faster without XLA's default
-    library for them (jax 0.10 to 0.12); small ones and those of float64 are slower.
+    On a CPU, convolutions of float32 in the fast form are faster without XLA's default library for
+    them (jax 0.10 to 0.12); those of float64 are slower.
     """
-    return functools.partial(_jit, leave_out_library=program.large_convolutions)
+    return functools.partial(_jit, leave_out_library=program.float32_convolutions)
 
 
 @functools.cache

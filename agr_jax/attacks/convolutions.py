@@ -6,8 +6,7 @@ attack, they take a generic path that is 8 to 24 times slower. So they are rewri
 `[batch, *spatial, channels]`, kernels as `[*spatial, in, out]`, and no dilation of the images.
 
 One with few channels in its result, such as the gradient of a network's first layer, mostly moves
-data there. Here it is one matrix product, with the taps beside these channels (3 to 4 times faster
-for three channels, inside a loop, without the default library).
+data there. Here it is one matrix product, with the taps beside these channels.
 """
 
 from __future__ import annotations
@@ -44,22 +43,6 @@ def is_fast(kernel: Any, parameters: Mapping[str, Any]) -> bool:
     if not plain or tuple(map(tuple, numbers)) != layout:
         return False
     return not _Convolution.of(parameters).has_few_outputs(kernel)
-
-
-def multiplications(images: Any, kernel: Any, result: Any, parameters: Mapping[str, Any]) -> float:
-    """How many a convolution takes for each image, those by zeros of a dilation not counted.
-
-    Args:
-        images: array, or its shape: the first operand, in its own layout.
-        kernel: likewise.
-        result: likewise.
-        parameters: of a `conv_general_dilated` in a jaxpr.
-    """
-    numbers = parameters["dimension_numbers"]
-    outputs = numbers.rhs_spec[0]
-    taps = math.prod(kernel.shape) / kernel.shape[outputs]
-    per_output = taps / math.prod(parameters["lhs_dilation"])
-    return per_output * math.prod(result.shape) / images.shape[numbers.lhs_spec[0]]
 
 
 def fast(images: jax.Array, kernel: jax.Array, parameters: Mapping[str, Any]) -> jax.Array:

@@ -38,9 +38,6 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
-# Multiplications of a convolution for one image, from which XLA's default library for them does not
-# pay on a CPU: between the two networks that were measured (docs/speed.md, "Networks of your own").
-_LARGE = 1e6
 _PLACEMENT = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
 
 
@@ -78,11 +75,10 @@ class Program:
             what is not to be differentiated.
         value: shape and dtype of the value.
         rewritten: number of convolutions that were put into another form.
-        large_convolutions: there are convolutions, all of float32, of a million multiplications for
-            each image on average.
+        float32_convolutions: there are convolutions, and all are of float32.
     """
 
-    __slots__ = ("__weakref__", "backward", "forward", "large_convolutions", "rewritten", "value")
+    __slots__ = ("__weakref__", "backward", "float32_convolutions", "forward", "rewritten", "value")
 
     def __init__(
         self,
@@ -90,11 +86,11 @@ class Program:
         backward: core.ClosedJaxpr | None,
         value: jax.ShapeDtypeStruct,
         rewritten: int,
-        large_convolutions: bool,
+        float32_convolutions: bool,
     ) -> None:
         self.forward, self.backward = forward, backward
         self.value, self.rewritten = value, rewritten
-        self.large_convolutions = large_convolutions
+        self.float32_convolutions = float32_convolutions
 
 
 # By content. A program lives as long as something compiled, or a caller, holds it.
@@ -132,8 +128,8 @@ def trace(
     found = content(forward), None if backward is None else content(backward)
     program = _programs.get(found)
     if program is None:
-        large = rewriter.large_convolutions
-        program = Program(forward, backward, value, rewriter.rewritten, large)
+        float32 = rewriter.float32_convolutions
+        program = Program(forward, backward, value, rewriter.rewritten, float32)
         _programs[found] = program
     return Traced(arrays, arrays_backward, program)
 
@@ -187,16 +183,13 @@ class _Rewriter:
 
     def __init__(self, *, rewrite: bool) -> None:
         self.rewrite, self.rewritten = rewrite, 0
-        self._convolutions: list[tuple[Any, float]] = []  # dtype and multiplications of each
+        self._dtypes: set[Any] = set()  # of the convolutions' results
         self._arguments: dict[int, Any] = {}
 
     @property
-    def large_convolutions(self) -> bool:
+    def float32_convolutions(self) -> bool:
         """See `Program`."""
-        found = self._convolutions
-        if any(dtype != jnp.float32 for dtype, _ in found):
-            return False
-        return sum(size for _, size in found) >= _LARGE * max(len(found), 1)
+        return self._dtypes == {jnp.dtype("float32")}
 
     def with_arguments(self, closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, tuple[Any, ...]]:
         """The rewritten jaxpr, whose first arguments are the arrays that it uses, and those."""
@@ -232,8 +225,7 @@ class _Rewriter:
             return self._evaluate(closed_jaxpr(parameters[_CALLS[name]]), operands)
         if self.rewrite and name == "conv_general_dilated":
             result: Any = equation.outvars[0].aval
-            size = convolutions.multiplications(operands[0], operands[1], result, parameters)
-            self._convolutions.append((result.dtype, size))
+            self._dtypes.add(result.dtype)
             if not convolutions.is_fast(operands[1], parameters):
                 self.rewritten += 1
                 return [convolutions.fast(operands[0], operands[1], parameters)]
