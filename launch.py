@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command continues", status=130)
+        _fail("interrupted; the same command resumes it", status=130)
     except OSError as error:  # a full disk, a folder without permission
         _fail(f"{type(error).__name__}: {error}")
 

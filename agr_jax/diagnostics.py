@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from agr_jax.agr import MEASURED
 from agr_jax.errors import RunFolderError
-from agr_jax.metrics import write_atomically
-
-_MEASURED = ("cosine", "projected", "clean_norm", "adversarial_norm")
+from agr_jax.files import write_atomically
 
 
 class LeafDiagnostics(NamedTuple):
@@ -62,7 +61,7 @@ class DiagnosticsLog:
     def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
         """Takes the `leaf_...` entries of a step's metrics."""
         self._steps.append(step)
-        self._rows.append([np.asarray(metrics[f"leaf_{name}"]) for name in _MEASURED])
+        self._rows.append([np.asarray(metrics[f"leaf_{name}"]) for name in MEASURED])
 
     def write(self) -> None:
         """Puts what was added since the last time on disk."""
@@ -108,12 +107,7 @@ def _write(folder: Path, measured: LeafDiagnostics) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        names=np.asarray(measured.names),
-        steps=measured.steps,
-        cosine=measured.cosine,
-        projected=measured.projected,
-        clean_norm=measured.clean_norm,
-        adversarial_norm=measured.adversarial_norm,
+        **{**measured._asdict(), "names": np.asarray(measured.names)},
     )
     path = folder / f"steps-{measured.steps[0]:09d}-{measured.steps[-1]:09d}.npz"
     write_atomically(path, buffer.getvalue())
@@ -124,6 +118,6 @@ def _read(path: Path) -> LeafDiagnostics:
         # numpy leaves a file that it opened itself open where it turns out to be damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = tuple(str(name) for name in file["names"])
-            return LeafDiagnostics(names, file["steps"], *(file[name] for name in _MEASURED))
+            return LeafDiagnostics(names, file["steps"], *(file[name] for name in MEASURED))
     except Exception as error:  # numpy and zipfile raise several kinds on damaged files
         raise RunFolderError(f"{path} cannot be read: {error}") from error

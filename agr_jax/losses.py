@@ -69,6 +69,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
     diverse parameter-free attacks", ICML 2020, equation 6.
+    https://arxiv.org/abs/2003.01690
     """
     _need_classes(logits, 3, "dlr")
     wide = _wide(logits)

@@ -23,9 +23,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from agr_jax.selection import kth_smallest
+from agr_jax.order_statistics import kth_smallest
 
 _TINY = 1e-12
+# Relative excess over the radius that the rounding of sums can make.
+_ROUNDING = 1e-5
 _KEYS = "one key or one per image"
 
 
@@ -288,6 +290,10 @@ def gaussian_noise(key: jax.Array, images: jax.Array) -> jax.Array:
     return per_image(key, images, lambda k, shape: jax.random.normal(k, shape, images.dtype))
 
 
+NORMS: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
+"""The balls by the names that configs and tables use."""
+
+
 def per_image(
     key: jax.Array,
     images: jax.Array,
@@ -308,11 +314,49 @@ def check_threat(field: str, threat: Any) -> None:
         raise ValueError(f"{field} must be a threat model such as Linf(8 / 255), got {threat!r}")
 
 
+def check_norm_ball(field: str, threat: Any) -> None:
+    """Refuses a ball of one's own where an attack has the mathematics of three norms alone.
+
+    Raises:
+        ValueError: naming the field. A subclass is refused too: its ball may be another one.
+    """
+    if type(threat) not in NORMS.values():
+        names = [norm.__name__ for norm in NORMS.values()]
+        raise ValueError(f"{field} must be {', '.join(names[:-1])} or {names[-1]}, got {threat!r}")
+
+
 def covers_the_box(threat: Any, pixels: int) -> bool:
     """Whether a ball holds every image of so many pixels, whatever its centre."""
     reach = {Linf: 1.0, L2: math.sqrt(pixels), L1: float(pixels)}.get(type(threat), math.inf)
     known = not isinstance(threat.epsilon, jax.core.Tracer)
     return known and bool(threat.epsilon >= reach)
+
+
+def is_allowed(threat: ThreatModel, images: jax.Array, points: jax.Array) -> jax.Array:
+    """Which points lie in the ball and the box, up to rounding, `[batch]`.
+
+    A ball of one's own may be more than its distance says: its projection must leave them.
+    """
+    flat = flatten(points)
+    in_box = (flat.min(1) >= 0) & (flat.max(1) <= 1)
+    most = threat.epsilon * (1 + _ROUNDING) + _rounding(threat, flat)
+    allowed = in_box & (threat.distance(points, images) <= most)
+    if type(threat) in NORMS.values():
+        return allowed
+    moved = jnp.abs(flatten(threat.project(points, images)) - flat).max(1)
+    return allowed & (moved <= _ROUNDING)
+
+
+def _rounding(threat: ThreatModel, flat: jax.Array) -> float:
+    """Excess over the radius that the rounding of each pixel, half a unit in its last place, makes.
+
+    It matters for radii as small as 0.003.
+    """
+    pixels = flat.shape[1]
+    unit = float(jnp.finfo(flat.dtype).eps) / 2
+    if isinstance(threat, Linf):
+        return unit
+    return unit * (pixels**0.5 if isinstance(threat, L2) else pixels)
 
 
 def _check_epsilon(threat: Linf | L2 | L1) -> None:

@@ -125,12 +125,12 @@ class Ours:
     """`agr_jax.attacks.AutoAttack`."""
 
     def __init__(self, problem: Problem, options: argparse.Namespace) -> None:
-        from agr_jax import mesh, threat
+        from agr_jax import sharding, threat
 
         self.problem = problem
         self.threat = getattr(threat, NORMS[options.norm])(options.epsilon)
         self.batch_size = options.batch_size
-        self.on = mesh.data_mesh() if options.devices > 1 else None
+        self.on = sharding.data_mesh() if options.devices > 1 else None
 
     def run(self, name: str, labels: np.ndarray) -> tuple[Timing, np.ndarray]:
         """See `Contender`."""
@@ -260,16 +260,18 @@ def preactresnet18(options: argparse.Namespace, folder: Path) -> Problem:
     import jax
     import jax.numpy as jnp
 
-    from agr_jax import checkpoints, evaluate, interop, mesh, models, network, run_folder
+    from agr_jax import data, interop, models, sharding
     from agr_jax.data.dataset import representative_order
+    from agr_jax.runs import Run, checkpoints
+    from agr_jax.runs.folder import read_config
 
     if options.run:
-        run = Path(options.run)
-        config = run_folder.read_config(run)
-        dataset = evaluate.dataset_from_config(config)
-        on = mesh.data_mesh(jax.devices()[:1])
-        classifier, _ = network.load_classifier(checkpoints.find(run), config, dataset, on)
-        test = dataset.test.take(representative_order(dataset.test))
+        folder = Path(options.run)
+        config = read_config(folder)
+        one_device = sharding.data_mesh(jax.devices()[:1])
+        run = Run(config, folder, data.from_config(config), one_device)
+        classifier, _ = run.load_classifier(checkpoints.find(folder))
+        test = run.dataset.test.take(representative_order(run.dataset.test))
         images, labels = to_floats(test.images), test.labels
     else:
         model = models.create("preactresnet18", 10, width=options.width)

@@ -20,16 +20,16 @@ import optax
 from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from agr_jax import agr_transform, mesh, methods, models
+from agr_jax import agr_transform, methods, models, sharding
 from agr_jax.config import from_config_dict
 from agr_jax.data import Augmentation
-from agr_jax.train_step import Trainer
+from agr_jax.training.step import Trainer
 from configs import base
 
 
 def planned_megabytes(trainer: Trainer, *, clean_gradient: bool) -> float:
     """Temporary memory of one compiled step."""
-    everywhere = mesh.replicated(trainer.on)
+    everywhere = sharding.replicated(trainer.mesh)
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
@@ -103,7 +103,7 @@ def main() -> None:
             batch_size=options.batch,
             steps_per_epoch=1,
             batch_stats="clean_then_adversarial",
-            on=mesh.data_mesh(topology.devices),
+            mesh=sharding.data_mesh(topology.devices),
         )
         planned = [planned_megabytes(trainer, clean_gradient=clean) for clean in (False, True)]
         print(f"| {name} | {dtype} | {planned[0]:.0f} | {planned[1]:.0f} |", flush=True)

@@ -39,7 +39,7 @@ import numpy as np
 from flax import nnx
 
 from agr_jax import losses
-from agr_jax.attacks import attack as calling
+from agr_jax.attacks import _calling as calling
 from agr_jax.attacks import autoattack, pgd
 from agr_jax.models.convolution import convolve
 from agr_jax.threat import Linf
@@ -318,7 +318,7 @@ def recompilation(options: argparse.Namespace) -> None:
     print("20 calls, of one Partial:", ratios(found, "one Partial"))
 
 
-def ensemble(options: argparse.Namespace) -> None:
+def whole_autoattack(options: argparse.Namespace) -> None:
     """AutoAttack `standard` with this library's convolution and with Flax's."""
     weights = dict(np.load(options.golden / "weights_cifar_cnn_a_adv.npz"))
     stored = np.load(options.golden / "images.npz")
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--golden", type=Path, default=GOLDEN)
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {STEPS} steps, CPU (wall)")
-    jobs = [recompilation] * options.recompile + [ensemble] * options.autoattack
+    jobs = [recompilation] * options.recompile + [whole_autoattack] * options.autoattack
     for job in jobs or [speed]:
         job(options)
 

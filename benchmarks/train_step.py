@@ -48,14 +48,14 @@ def measure_jax(
     import jax.numpy as jnp
     import optax
 
-    from agr_jax import agr_transform, mesh, methods, models
+    from agr_jax import agr_transform, methods, models, sharding
     from agr_jax.config import from_config_dict
     from agr_jax.data import Augmentation
-    from agr_jax.train import matmul_precision
-    from agr_jax.train_step import Trainer
+    from agr_jax.training.loop import matmul_precision
+    from agr_jax.training.step import Trainer
     from configs import base
 
-    on = mesh.data_mesh()
+    on = sharding.data_mesh()
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     trainer = Trainer(
         model=models.create("preactresnet18", 10, width=width, conv=conv, dtype=dtype),
@@ -67,9 +67,9 @@ def measure_jax(
         batch_size=batch,
         steps_per_epoch=1,
         batch_stats="clean_then_adversarial",
-        on=on,
+        mesh=on,
     )
-    everywhere = mesh.replicated(on)
+    everywhere = sharding.replicated(on)
     state = trainer.init(jax.random.key(0), (32, 32, 3))
     images = jax.random.randint(jax.random.key(1), (batch, 32, 32, 3), 0, 256).astype(jnp.uint8)
     data = jax.device_put((images, jnp.arange(batch) % 10, jnp.arange(batch)), everywhere)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from agr_jax.config import to_dict
-from agr_jax.run_folder import read_config
+from agr_jax.runs.folder import read_config
 
 
 def get_config(folder: str = "") -> ConfigDict:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from agr_jax import losses
 from agr_jax.attacks import PGD, LogitsFn
 from agr_jax.config import Config
-from agr_jax.methods import Batch, Forward, Method, Outcome, training_attack
+from agr_jax.methods import Batch, Forward, LossOutcome, Method, training_attack
 from configs import base
 
 
@@ -41,7 +41,7 @@ class LogitPairing(Method):
 
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """The loss whose gradient is g_a."""
         # The clean pass counts in BatchNorm's statistics through `clean_loss` already.
         clean_logits, _ = forward(params, batch_stats, batch.images)
@@ -51,7 +51,7 @@ class LogitPairing(Method):
             logits, batch.labels, label_smoothing=self.label_smoothing
         )
         loss = cross_entropy.mean() + self.weight * distance
-        return loss, Outcome(logits, batch_stats, {"logit_distance": distance})
+        return loss, LossOutcome(logits, batch_stats, {"logit_distance": distance})
 
 
 def create(config: Config) -> LogitPairing:

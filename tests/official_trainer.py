@@ -9,14 +9,15 @@ import numpy as np
 import optax
 from official_weights import draw, in_torch_layout, path_of, statistics, to_variables
 
-from agr_jax import agr_transform, leaf_names, losses, mesh, methods, optim
+from agr_jax import agr_transform, leaf_names, losses, methods, sharding
 from agr_jax.attacks import PGD
 from agr_jax.config import from_config_dict
 from agr_jax.data import Augmentation
 from agr_jax.methods import AVmixup
 from agr_jax.models import PreActResNet
 from agr_jax.threat import Linf
-from agr_jax.train_step import Trainer, TrainState
+from agr_jax.training import optimizers
+from agr_jax.training.step import Trainer, TrainState
 from configs import base
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -105,12 +106,12 @@ def make_trainer(
     return Trainer(
         model=PreActResNet(10, conv=conv, dtype=dtype, param_dtype=dtype, **IMAGENET),
         method=built,
-        optimizer=recording(optim.create(config, steps_per_epoch=1)),
+        optimizer=recording(optimizers.from_config(config, steps_per_epoch=1)),
         augmentation=Augmentation(),
         batch_size=16,
         steps_per_epoch=1,
         batch_stats=config.batch_stats,
-        on=mesh.data_mesh(jax.devices()[:1]),
+        mesh=sharding.data_mesh(jax.devices()[:1]),
     )
 
 

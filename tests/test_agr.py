@@ -795,6 +795,7 @@ except FloatingPointError:
 """
 
 
+@pytest.mark.slow
 def test_under_debug_nans():
     """In a process of its own, as the setting holds for all that is traced."""
     result = subprocess.run(

@@ -503,6 +503,7 @@ def test_real_cifar10_batch_equals_its_packed_images(tmp_path, packed):
     np.testing.assert_array_equal(dataset.test.labels, labels)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_tiny_imagenet_archive():
     dataset = read_tiny_imagenet(SHARED / "data/tiny-imagenet-20.zip", image_size=32)

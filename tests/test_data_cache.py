@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from official_archives import as_tar
 
-from agr_jax.data import cache, load_dataset, sources
+from agr_jax.data import cache, cifar, load_dataset
 from agr_jax.data.official import records_digest
 from agr_jax.errors import DataError
 
@@ -56,7 +56,7 @@ def forbid_reading(monkeypatch):
     def read(path):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "read_cifar10", read)
+    monkeypatch.setattr(cifar, "read_cifar10", read)
 
 
 def test_the_second_start_decodes_nothing(tmp_path, folder, monkeypatch):

@@ -12,7 +12,7 @@ from agr_jax.data import Split
 from agr_jax.data.extra import read_extra
 from agr_jax.data.feed import Feed, TrainingImages, prefetched
 from agr_jax.errors import DataError
-from agr_jax.mesh import data_mesh
+from agr_jax.sharding import data_mesh
 
 SHAPE = (4, 4, 3)
 KEY = jax.random.key(0)

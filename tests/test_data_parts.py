@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from test_train import small
 
-from agr_jax import evaluate, evaluation_records, measure, train
+from agr_jax import data, measure, sharding
 from agr_jax.data.dataset import Split, part_of, representative_order
 from agr_jax.data.digits import read_digits
 from agr_jax.errors import DataError
+from agr_jax.evaluation import evaluate_run, record_files
+from agr_jax.evaluation.table import render_table
+from agr_jax.runs import Run
+from agr_jax.training import train_run
 
 
 def split_of(labels):
@@ -32,7 +36,7 @@ def by_class(split):
 def finished(tmp_path_factory):
     """A run of one epoch."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert train.run(small(epochs=1), folder) == 0
+    assert train_run(small(epochs=1), folder) == 0
     return folder
 
 
@@ -93,24 +97,25 @@ def test_an_evaluation_and_a_measurement_of_an_ordered_set(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     config = small(measure__images=40, measure__points=3, measure__directions=1)
-    dataset = evaluate.dataset_from_config(config)
+    dataset = data.from_config(config)
     dataset = dataclasses.replace(dataset, test=by_class(dataset.test))
-    part = evaluate.test_part(config, dataset)
-    images = evaluate.test_split(config, dataset)
+    run = Run(config, folder, dataset, sharding.data_mesh())
+    part, images = run.test_part, run.test_split()
     np.testing.assert_array_equal(images.labels, dataset.test.labels[part.rows])
     assert len(set(images.labels)) == 10
     other_seed = dataclasses.replace(config, seed=5)
-    np.testing.assert_array_equal(evaluate.test_part(other_seed, dataset).rows, part.rows)
+    other = dataclasses.replace(run, config=other_seed)
+    np.testing.assert_array_equal(other.test_part.rows, part.rows)
 
-    (record,) = evaluate.evaluate_run(folder, config, which=("last",), dataset=dataset)
+    (record,) = evaluate_run(run, which=("last",))
     path = folder / "evaluations/last-drawn60.json"
     assert json.loads(path.read_text()) == record
     assert record["selection"] == "60 drawn with seed 0 of 355"
-    assert evaluation_records.selection(record, path) == record["selection"]
-    assert "of 60 test images (60 drawn with seed 0 of 355)" in evaluate.table([record])
-    found = measure.measure_run(folder, config, "landscape", dataset=dataset)
+    assert record_files.selection(record, path) == record["selection"]
+    assert "of 60 test images (60 drawn with seed 0 of 355)" in render_table([record])
+    found = measure.measure_run(run, "landscape")
     assert found["selection"] == "40 drawn with seed 0 of 355"
-    found = measure.measure_run(folder, config, "boundary", dataset=dataset)
+    found = measure.measure_run(run, "boundary")
     assert "drawn with seed 0" in found["selection"]
 
 
@@ -118,13 +123,13 @@ def test_a_measurement_of_other_settings_stays_in_the_file(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     config = small(measure__images=20, measure__points=3)
-    first = measure.measure_run(folder, config, "landscape")
+    first = measure.measure_run(Run.from_config(config, folder), "landscape")
     assert first["selection"] == "first 20 of 355"
-    assert "earlier" not in measure.measure_run(folder, config, "landscape")
+    assert "earlier" not in measure.measure_run(Run.from_config(config, folder), "landscape")
     wider = small(measure__images=20, measure__points=5)
-    second = measure.measure_run(folder, wider, "landscape")
+    second = measure.measure_run(Run.from_config(wider, folder), "landscape")
     assert second["earlier"] == [first]
     path = folder / "measurements/landscape.json"
     path.write_text("{")
-    measure.measure_run(folder, wider, "landscape")
+    measure.measure_run(Run.from_config(wider, folder), "landscape")
     assert path.with_name("landscape.json.damaged").read_text() == "{"

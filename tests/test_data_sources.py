@@ -15,7 +15,8 @@ import pytest
 from agr_jax.data import Dataset, Split, load_dataset, sources
 from agr_jax.data.batches import epoch_permutation, evaluation_batches, steps_per_epoch
 from agr_jax.data.dataset import class_balanced_subset, hold_out
-from agr_jax.data.official import OFFICIAL, records_digest
+from agr_jax.data.official import records_digest
+from agr_jax.data.sources import OFFICIAL
 from agr_jax.errors import DataError
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -330,6 +331,7 @@ def test_a_whole_set_needs_none(tmp_path, monkeypatch):
     assert dataset.describe().startswith("CIFAR-10: 49,000 + 10,000 images (+ 1,000 held out)")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SHARED / "data").is_dir(), reason=f"real images are not there: {SHARED / 'data'}"
 )

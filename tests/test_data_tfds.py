@@ -23,8 +23,8 @@ from test_data_download import Server
 
 from agr_jax.data import load_dataset, prepare, sources
 from agr_jax.data.cifar import read_cifar10, read_cifar100, read_coarse_labels
-from agr_jax.data.official import OFFICIAL
-from agr_jax.data.prepared import find_prepared
+from agr_jax.data.sources import OFFICIAL
+from agr_jax.data.tfds_reader import find_prepared
 from agr_jax.data.tiny_imagenet import read_tiny_imagenet
 from agr_jax.errors import DataError
 
@@ -272,7 +272,7 @@ def test_the_command_prepares_what_it_downloads(nowhere, monkeypatch):
         archive_bytes=len(content),
         checksum=f"sha256:{hashlib.sha256(content).hexdigest()}",
     )
-    from agr_jax.data import tfds_builders  # needs TFDS
+    from agr_jax.data import tfds_builders
 
     monkeypatch.setattr(tfds_builders.Cifar10, "official", here)
     assert prepare.main(["cifar10", f"--dir={nowhere}/tfds"]) == 0

@@ -13,13 +13,13 @@ import numpy as np
 import optax
 import pytest
 
-from agr_jax import agr_transform, mesh, models
+from agr_jax import agr_transform, models, sharding
 from agr_jax.attacks import pgd
 from agr_jax.data import Augmentation
 from agr_jax.errors import ConfigError
 from agr_jax.methods import AdversarialTraining, Batch
 from agr_jax.threat import Linf
-from agr_jax.train_step import Trainer
+from agr_jax.training.step import Trainer
 
 BATCH = 16
 ABSENT = {"gop_start": None, "gics_start": None, "clip": "none", "clip_norm": None}
@@ -40,7 +40,7 @@ def make_trainer(agr, devices=1):
         batch_size=BATCH,
         steps_per_epoch=2,
         batch_stats="clean_then_adversarial",
-        on=mesh.data_mesh(jax.devices()[:devices]),
+        mesh=sharding.data_mesh(jax.devices()[:devices]),
     )
 
 
@@ -61,8 +61,8 @@ def updated(initial):
     def run(devices):
         trainer = make_trainer({}, devices)
         batch = Batch(images, np.clip(images + noise, 0, 1), labels)
-        batch = jax.device_put(batch, mesh.batch_sharding(trainer.on))
-        state = jax.device_put(initial, mesh.replicated(trainer.on))
+        batch = jax.device_put(batch, sharding.batch_sharding(trainer.mesh))
+        state = jax.device_put(initial, sharding.replicated(trainer.mesh))
         update = jax.jit(trainer.update, static_argnames="clean_gradient")
         after = update(state, batch, clean_gradient=True)
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(after)} == {devices}
@@ -136,6 +136,7 @@ def same_bits(state, other):
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_agr_that_never_starts_equals_none_bit_for_bit(initial, three_steps, baseline):
     assert same_bits(three_steps(TOO_LATE, clean_gradient=False), baseline)
     assert not same_bits(initial, baseline)
@@ -159,12 +160,12 @@ def own_mesh(shape, names, kind, order=(2, 0, 3, 1)):
 )
 def test_any_mesh_is_taken_for_its_devices(shape, names, kind):
     given = own_mesh(shape, tuple(names), kind)
-    made = mesh.as_data_mesh(given)
+    made = sharding.as_data_mesh(given)
     assert (made.axis_names, made.axis_types) == (("data",), (AUTO,))
     assert made.devices.tolist() == given.devices.ravel().tolist()
     rows = np.arange(24, dtype=np.float32).reshape(12, 2)
-    double = mesh.apart(lambda x: 2 * x, made, [mesh.ROWS])
-    doubled = jax.jit(double)(jax.device_put(rows, mesh.batch_sharding(made)))
+    double = sharding.per_device(lambda x: 2 * x, made, [sharding.SHARDED])
+    doubled = jax.jit(double)(jax.device_put(rows, sharding.batch_sharding(made)))
     np.testing.assert_array_equal(doubled, 2 * rows)
     shards = sorted(doubled.addressable_shards, key=lambda shard: shard.index[0].start)
     assert [shard.device for shard in shards] == made.devices.tolist()
@@ -173,10 +174,10 @@ def test_any_mesh_is_taken_for_its_devices(shape, names, kind):
 def test_a_sequence_of_devices_is_a_mesh():
     two = jax.devices()[3:1:-1]
     for on in (two, tuple(two), np.array(two, dtype=object)):
-        assert mesh.as_data_mesh(on).devices.tolist() == two
-    ours = mesh.data_mesh()
-    assert mesh.as_data_mesh(ours) == ours
-    assert mesh.as_data_mesh(jax.devices()) == ours
+        assert sharding.as_data_mesh(on).devices.tolist() == two
+    ours = sharding.data_mesh()
+    assert sharding.as_data_mesh(ours) == ours
+    assert sharding.as_data_mesh(jax.devices()) == ours
 
 
 @pytest.mark.parametrize(
@@ -190,10 +191,10 @@ def test_a_sequence_of_devices_is_a_mesh():
         (lambda: jax.devices()[0], "write \\[device\\]"),
         (lambda: jax.devices()[:1] * 2, "every device must be there once"),
         (lambda: jax.sharding.AbstractMesh((1,), ("data",)), "got AbstractMesh"),
-        (lambda: mesh.batch_sharding(mesh.data_mesh()), "got NamedSharding"),
+        (lambda: sharding.batch_sharding(sharding.data_mesh()), "got NamedSharding"),
         (lambda: set(jax.devices()), "must be a jax.sharding.Mesh or a list of devices"),
     ],
 )
 def test_what_is_no_mesh_is_refused(on, part):
     with pytest.raises(ConfigError, match=f"^on: .*{part}"):
-        mesh.as_data_mesh(on() if callable(on) else on)
+        sharding.as_data_mesh(on() if callable(on) else on)

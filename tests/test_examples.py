@@ -5,10 +5,14 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from agr_jax import evaluate, methods, run_folder, train
+from agr_jax import methods
 from agr_jax.config import from_config_dict
 from agr_jax.data import Dataset, Split
-from agr_jax.metrics import read_json_lines
+from agr_jax.evaluation.evaluate import evaluate_run
+from agr_jax.files import read_json_lines
+from agr_jax.runs import Run
+from agr_jax.runs.folder import default_folder, read_config
+from agr_jax.training import train_run
 from examples import cifar10_autoattack, logit_pairing, own_classifier, own_images, own_network
 
 
@@ -33,14 +37,15 @@ def test_logit_pairing_trains_with_agr(tmp_path):
     assert methods.from_config(config) == logit_pairing.LogitPairing(
         methods.training_attack(config.attack), label_smoothing=0.1
     )
-    assert train.run(config, tmp_path) == 0
+    assert train_run(config, tmp_path) == 0
     for record in read_json_lines(tmp_path / "metrics.jsonl"):
         assert record["logit_distance"] > 0
         assert -1 <= record["cosine"] <= 1
     assert (tmp_path / "evaluations" / "last-first60.json").exists()
-    assert run_folder.read_config(tmp_path) == config
+    assert read_config(tmp_path) == config
 
 
+@pytest.mark.slow
 def test_own_network_trains_and_goes_on(tmp_path):
     """Without BatchNorm there are no running statistics to keep."""
     values = small()
@@ -48,12 +53,14 @@ def test_own_network_trains_and_goes_on(tmp_path):
     values.model.name = own_network.get_config().model.name
     values.averaging.decay = 0.5
     values.epochs = 1
-    assert train.run(from_config_dict(values), tmp_path / "run") == 0
+    assert train_run(from_config_dict(values), tmp_path / "run") == 0
     values.epochs = 2
-    assert train.run(from_config_dict(values), tmp_path / "run") == 0
-    assert train.run(from_config_dict(values), tmp_path / "whole") == 0
+    assert train_run(from_config_dict(values), tmp_path / "run") == 0
+    assert train_run(from_config_dict(values), tmp_path / "whole") == 0
     found = [
-        evaluate.evaluate_run(tmp_path / name, from_config_dict(values), which=("last", "average"))
+        evaluate_run(
+            Run.from_config(from_config_dict(values), tmp_path / name), which=("last", "average")
+        )
         for name in ("run", "whole")
     ]
     for resumed, whole in zip(*found, strict=True):
@@ -72,7 +79,7 @@ def test_own_network_trains_and_goes_on(tmp_path):
 def test_default_folders(field, folder):
     values = small()
     values.update(field)
-    assert str(run_folder.default_folder(from_config_dict(values))) == folder
+    assert str(default_folder(from_config_dict(values))) == folder
 
 
 @pytest.mark.slow
@@ -96,11 +103,12 @@ def test_own_images_train(tmp_path, capsys):
     values.batch_size = 8
     values.attack.steps = 1
     values.eval.attacks = ("clean", "fgsm")
-    assert train.run(from_config_dict(values), tmp_path / "run") == 0
+    assert train_run(from_config_dict(values), tmp_path / "run") == 0
     assert "images: 16 + 16 images of 16x16x3, 2 classes" in capsys.readouterr().out
     assert (tmp_path / "run" / "first_batch.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "linen", "nnx", "equinox"])
 def test_any_classifier_is_attacked(kind, capsys):
     own_classifier.main(kind)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from agr_jax.attacks.hyperplane import step_to_hyperplane
+from agr_jax.attacks._hyperplane import step_to_hyperplane
 from agr_jax.threat import L1, L2, Linf
 
 RNG = np.random.default_rng(0)

@@ -12,9 +12,15 @@ import pytest
 import safetensors.numpy
 from official_weights import in_torch_layout, state_dict_shapes
 
-from agr_jax import interop, models, torch_names, weight_files
+from agr_jax import models
 from agr_jax.errors import CheckpointError
-from agr_jax.interop import load_torch_weights, save_torch_weights
+from agr_jax.interop import (
+    load_torch_weights,
+    save_torch_weights,
+    torch_names,
+    torch_weights,
+    weight_files,
+)
 from examples import pytorch_weights
 
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 32, 32, 3)), jnp.float32)
@@ -57,7 +63,7 @@ def wide():
 def written(model, variables):
     """Tensors as PyTorch's state_dict has them."""
     leaves = torch_names.by_tensor_name(variables, torch_names.network_name(model))
-    return {name: interop._to_torch(leaf) for name, leaf in leaves.items()}
+    return {name: torch_weights.to_torch(leaf) for name, leaf in leaves.items()}
 
 
 def write(path, tensors, metadata=None):
@@ -306,7 +312,9 @@ def test_bfloat16_has_equal_values(wide, tmp_path):
     model, _ = network("wrn10_1")
     for name, leaf in torch_names.by_tensor_name(got, "wrn10_1").items():
         assert leaf.dtype == jnp.float32
-        np.testing.assert_array_equal(interop._to_torch(leaf), tensors[name].astype(np.float32))
+        np.testing.assert_array_equal(
+            torch_weights.to_torch(leaf), tensors[name].astype(np.float32)
+        )
     as_saved = load_torch_weights(path, param_dtype=jnp.bfloat16, **PLAIN)
     assert_same(as_saved.variables, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), got))
     assert_close(

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from test_launch import ROOT, command, environment, last_checkpoint, launch, refused
+from test_launch import ROOT, command, environment, forked, last_checkpoint, launch, refused
 
 SWEEP = ["--job=sweep", "--config=configs/paper/figure6.py:digits"]
 
@@ -28,7 +28,7 @@ def test_mistakes_are_one_line(tmp_path):
 
 
 def test_a_report_of_nothing_is_rendered(tmp_path):
-    result = launch("--job=report", f"--workdir={tmp_path}")
+    result = forked("--job=report", f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert str(tmp_path / "report/report.html") in result.stdout
     assert "not run" in (tmp_path / "report/report.md").read_text()

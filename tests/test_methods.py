@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from agr_jax import losses, mesh, methods
+from agr_jax import losses, methods, sharding
 from agr_jax.attacks import PGD
 from agr_jax.config import from_config_dict
 from agr_jax.data import Augmentation
@@ -26,11 +26,11 @@ from agr_jax.methods import (
     AVmixup,
     Batch,
     StandardTraining,
+    divergence_from,
 )
 from agr_jax.methods.awp import weight_perturbation
-from agr_jax.methods.trades import divergence_from
 from agr_jax.threat import L1, L2, Linf
-from agr_jax.train_step import Trainer, TrainState
+from agr_jax.training.step import Trainer, TrainState
 from configs.base import recipe
 
 SHAPE = (4, 4, 3)
@@ -114,7 +114,7 @@ def take_gradients(method, params, batch, *, batch_stats, clean_gradient=True):
         batch_size=BATCH,
         steps_per_epoch=1,
         batch_stats=batch_stats,
-        on=mesh.data_mesh(jax.devices()[:1]),
+        mesh=sharding.data_mesh(jax.devices()[:1]),
     )
 
     @jax.jit
@@ -307,9 +307,9 @@ def test_a_step_follows_the_derivative_of_the_divergence():
     [
         ({"random_start": True}, r"start_noise needs random_start=False.*start_noise 0\.001"),
         ({"targets": "clean"}, "targets must be 'labels' or 'clean_logits', got 'clean'"),
-        ({"start_noise": -0.001}, r"start_noise must be finite and >= 0, got -0\.001"),
-        ({"start_noise": float("nan")}, "start_noise must be finite and >= 0, got nan"),
-        ({"start_noise": float("inf")}, "start_noise must be finite and >= 0, got inf"),
+        ({"start_noise": -0.001}, r"start_noise must be at least 0, got -0\.001"),
+        ({"start_noise": float("nan")}, "start_noise must be at least 0, got nan"),
+        ({"start_noise": float("inf")}, "start_noise must be at least 0, got inf"),
     ],
 )
 def test_pgd_refuses(options, message):

@@ -209,7 +209,10 @@ def test_initialising_leaves_the_running_statistics_alone(features):
 # ---- whole networks
 
 
-@pytest.fixture(scope="module", params=["preactresnet18", "wrn10_1"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("preactresnet18", marks=pytest.mark.slow), "wrn10_1"],
+)
 def small(request):
     model = models.create(request.param, 10, width=8)
     return model, jax.jit(model.init)(KEY, IMAGES)

@@ -146,6 +146,7 @@ def test_step(golden, common, method):
     assert expected <= errors.keys()
 
 
+@pytest.mark.slow
 def test_pgd_reaches_the_official_loss(common):
     weights = draw(int(common["weight_seed"]), float(common["lin_gain"]))
     variables = jax.tree.map(jnp.asarray, to_variables(weights, np.float32))

@@ -9,8 +9,8 @@ import pytest
 from official_archives import SHARED, needs_shared, real_records
 
 from agr_jax import models
-from agr_jax.attacks.journal import digest
-from agr_jax.image_masks import decode_mask
+from agr_jax.evaluation.packed_bits import decode_mask
+from agr_jax.journal import digest
 from agr_jax.models.pretrained import read_pretrained, save_pretrained
 
 NAMES = ["cifar10-width16-agr", "cifar10-width16-at", "cifar10-width16-best"]
@@ -38,7 +38,10 @@ def test_they_are_the_networks_that_were_evaluated(name):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])],
+)
 def test_they_classify_as_their_records_say(name):
     _, record = read_pretrained(name)
     records = real_records(SHARED / "cifar-10" / "test_batch.npz", 1000)

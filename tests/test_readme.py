@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from agr_jax.diagnostics import DiagnosticsLog
 
@@ -52,6 +53,7 @@ def test_the_block_of_agr_stands_alone(tmp_path):
     assert "cosine of each leaf: [" in printed_by(python_blocks("README.md")[1], tmp_path)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_page_about_optax(tmp_path):
     blocks = python_blocks("docs/optax.md")
     assert len(blocks) == 8
@@ -64,6 +66,7 @@ def test_blocks_of_the_page_about_optax(tmp_path):
 # What the page says of the numbers in its blocks, each against a way of its own.
 CLAIMS = """
 import numpy as np
+import pytest
 
 same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: jnp.allclose(x, y, atol=1e-7), a, b))
 one_step = lambda optimizer, pair: optimizer.update(pair, optimizer.init(params), params)[0]

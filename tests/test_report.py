@@ -1,118 +1,30 @@
-"""Reports: tables and figures from made run folders, and from one real sweep on digits."""
+"""Reports: tables, figures and verdicts from made run folders."""
 
-import dataclasses
-import importlib
 import json
 import re
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from agr_jax import config as config_module
-from agr_jax import evaluation_records, measure, run_folder, sweep, train
 from agr_jax.attacks import named
 from agr_jax.config import from_config_dict
-from agr_jax.errors import ConfigError, RunFolderError
-from agr_jax.image_masks import decode_mask, encode_mask
+from agr_jax.errors import RunFolderError
+from agr_jax.evaluation.packed_bits import encode_mask
 from agr_jax.report import figures, paper_numbers, write_report
-from agr_jax.report.paired import Discordant, mcnemar, mean_and_deviation, percent
+from agr_jax.report.paired import mcnemar
 from agr_jax.report.run_records import read_run, read_runs
-from configs.paper import agr_small, plans, table1
-
-# ---- paired comparisons
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "expected"),
-    # By hand: 2 * sum of binomial coefficients / 2^n.
-    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (8, 2, 2 * (1 + 10 + 45) / 1024), (3, 3, 1.0)],
-)
-def test_mcnemars_exact_test(gained, lost, expected):
-    first = np.array([1] * gained + [0] * lost + [1, 0, 1], bool)
-    second = np.array([0] * gained + [1] * lost + [1, 0, 1], bool)
-    assert mcnemar(first, second) == Discordant(gained, lost, pytest.approx(expected))
-    assert mcnemar(second, first).p_value == pytest.approx(expected)
-
-
-def test_mcnemar_agrees_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        first, second = generator.random((2, 300)) < 0.6
-        found = mcnemar(first, second)
-        test = stats.binomtest(found.gained, found.gained + found.lost)
-        assert found.p_value == pytest.approx(test.pvalue)
-    with pytest.raises(ValueError, match="the same images"):
-        mcnemar(first, second[:-1])
-
-
-def test_mean_and_deviation_over_runs():
-    assert mean_and_deviation([3.0]) == (3.0, None)
-    assert mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)))
-    assert percent([0.5]) == "50.00"
-    assert percent([0.1, 0.3]) == "20.00 ± 14.14"
-
-
-@pytest.mark.parametrize("examples", [1, 7, 8, 9, 1000])
-def test_masks_come_back(examples):
-    mask = np.random.default_rng(0).random(examples) < 0.5
-    np.testing.assert_array_equal(decode_mask(encode_mask(mask), examples), mask)
-    with pytest.raises(ValueError, match="expected the bits of"):
-        decode_mask(encode_mask(mask), examples + 8)
-    with pytest.raises(ValueError, match="not the bits of a mask"):
-        decode_mask("%%%", examples)
-
-
-# ---- measurements
-
-
-def test_steps_to_the_boundary_of_a_linear_network():
-    """A pixel each: the label changes where the pixel crosses 1/2."""
-    images = jnp.array([0.5 + 3.5 / 255, 0.5 - 10.5 / 255, 0.9]).reshape(3, 1, 1, 1)
-    logits_fn = jax.tree_util.Partial(
-        lambda x: jnp.stack([x.reshape(len(x)), 1 - x.reshape(len(x))], 1)
-    )
-    found = set()
-    for seed in range(8):
-        steps = measure.steps_to_boundary(logits_fn, images, jax.random.key(seed), most=50)
-        found.add(tuple(steps.tolist()))
-    # Towards the boundary 4, 11, or more than 50 steps; away from it none changes it.
-    assert {s[0] for s in found} == {4, 50}
-    assert {s[1] for s in found} == {11, 50}
-    assert {s[2] for s in found} == {50}
-
-
-def test_filter_normalisation():
-    scale = jnp.arange(1, 6.0)[None, None, None]
-    params = {
-        "conv": {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 5)) * scale},
-        "dense": {"kernel": jax.random.normal(jax.random.key(1), (7, 2)), "bias": jnp.ones(2)},
-    }
-    drawn = measure.gaussian_like(jax.random.key(2), params)
-    found = measure.filter_normalised(drawn, params)
-    for layer, axes in (("conv", (0, 1, 2)), ("dense", (0,))):
-        ours, theirs, raw = (np.asarray(t[layer]["kernel"]) for t in (found, params, drawn))
-        np.testing.assert_allclose(
-            np.sqrt((ours**2).sum(axes)), np.sqrt((theirs**2).sum(axes)), rtol=1e-5
-        )
-        cosine = (ours * raw).sum(axes) / np.sqrt((ours**2).sum(axes) * (raw**2).sum(axes))
-        np.testing.assert_allclose(cosine, 1, rtol=1e-5)
-    assert not found["dense"]["bias"].any()
-
-
-# ---- made run folders
+from agr_jax.runs.folder import write_config
+from configs.paper import plans
 
 
 def settings(config, attack):
     """What a record says of an attack's settings."""
-    return named.describe(evaluation_records.make_attack(config, attack))
+    return named.describe(named.maker(config)(attack))
 
 
 def made_run(
@@ -125,7 +37,7 @@ def made_run(
     config = from_config_dict(values)
     folder = root / name
     (folder / "evaluations").mkdir(parents=True)
-    run_folder.write_config(folder, config)
+    write_config(folder, config)
     lines = [
         json.dumps(
             {
@@ -380,6 +292,7 @@ def test_paired_means_say_over_how_many_bases(made):
     assert "Left out: branch-1-again, which has the base and the arm of branch-1." in found
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_runs_of_other_settings_are_no_repetitions(made):
     path = made / "at-1/config.json"
     path.write_text(path.read_text().replace('"batch_size": 128', '"batch_size": 64'))
@@ -407,6 +320,7 @@ def test_only_the_arms_themselves_are_called_so(tmp_path, changed, arm):
     assert read_run(folder).arm == arm
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_measurements_of_another_epoch_or_without_their_fields_are_named(made):
     (made / "tau-0.5/measurements/mechanism.json").write_text("{}")
     path = made / "tau-0.5/measurements/boundary.json"
@@ -449,6 +363,7 @@ def test_figure_7_shows_branches_of_one_base(made):
     assert ", seed 0;" in caption
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_report(made):
     first = {p: p.read_bytes() for p in write_report(made, made / "report")}
     again = {p: p.read_bytes() for p in write_report(made, made / "report")}
@@ -465,6 +380,7 @@ def test_an_empty_folder_says_what_would_be_needed(tmp_path):
         write_report(tmp_path / "none", tmp_path / "report")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_damaged_and_foreign_folders_are_named_and_the_rest_is_rendered(made):
     (made / "foreign").mkdir()
     (made / "broken").mkdir()
@@ -499,6 +415,7 @@ def test_arms_are_read_from_the_config(tmp_path):
     assert not problems
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_agr_small_pairs_runs_of_one_base(tmp_path):
     generator = np.random.default_rng(0)
     masks = {}
@@ -584,6 +501,7 @@ def test_the_trade_off_shows_each_base(tmp_path):
     assert (tmp_path / "report/tradeoff.svg").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_verdict_of_yes(tmp_path):
     answers = answers_of(tmp_path, WORKING, best=[("best-0", 506)])
     assert answers["AGR works"] == "yes (all bases)"
@@ -602,6 +520,7 @@ def test_a_verdict_of_yes(tmp_path):
     assert answers["best-0 beats every other arm"] == "yes"
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("base", "arm", "attack", "count", "where"),
     [
@@ -619,6 +538,7 @@ def test_one_point_missed_is_a_verdict_of_no(tmp_path, base, arm, attack, count,
         assert answers[where].replace(": not", "").count(": no") == 1
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_fixed_mix_as_good_as_agr_is_named(tmp_path):
     runs = {**WORKING, "base-0": {**WORKING["base-0"], "tau_0.5": 505, "tau_0.25": 600}}
     answers = answers_of(tmp_path, runs, robust=[("base-0", "tau_0.25", "fast", 504)])
@@ -628,6 +548,7 @@ def test_a_fixed_mix_as_good_as_agr_is_named(tmp_path):
     assert answers["AGR works"] == "no (all bases)"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_line_through_fixed_tau(tmp_path):
     """From (51, 50), tau 0.75, to (60, 20), tau 0.25: at AGR's 54 % clean it is at 40.
 
@@ -654,6 +575,7 @@ def test_the_line_through_fixed_tau(tmp_path):
     assert answers[line] == "not decided"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_is_missing_decides_nothing(tmp_path):
     runs = {base: arms for base, arms in WORKING.items() if base != "base-1"}
     answers = answers_of(tmp_path, runs)
@@ -663,6 +585,7 @@ def test_what_is_missing_decides_nothing(tmp_path):
     assert answers["AGR works"] == "not decided (all bases)"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_best_recipe_names_what_it_does_not_beat(tmp_path):
     answers = answers_of(tmp_path, WORKING, best=[("best-0", 505)])
     assert answers["best-0 beats every other arm"] == "no: not agr-0, agr-1, agr-2"
@@ -687,265 +610,3 @@ def test_colours_are_told_apart_by_all():
     for i in range(6):
         for j in range(i):
             assert np.abs(seen[i] - seen[j]).sum() > 0.1
-
-
-# ---- sweeps
-
-
-def tiny(plan):
-    """A sweep on digits with three runs, made smaller still."""
-    with plan.unlocked():
-        plan.runs = tuple(run for run in plan.runs if "seed0" in run.name and "-at-" in run.name)
-        for run in plan.runs:
-            run.config.data.train_examples = 128
-            run.config.model.width = 4
-            run.config.attack.steps = 1
-            run.config.epochs = 2 if run.base else 1
-            run.config.agr.gics_start_epoch = run.config.agr.gop_start_epoch = 1
-            run.config.eval.attacks = ("clean",)
-            run.evaluations = tuple(
-                plans.evaluation(e.label, ("clean", "fgsm"), 16) for e in run.evaluations
-            )
-    return plan
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    """The runs of Table 1 for AT, on digits."""
-    folder = tmp_path_factory.mktemp("sweep") / "runs"
-    planned = sweep.from_plan(tiny(table1.get_config("digits")), folder)
-    assert sweep.run(planned) == 0
-    return planned
-
-
-def test_a_sweep_makes_its_runs_and_its_report(swept, capsys):
-    names = {run.name for run in swept.runs}
-    assert len(names) == 3
-    for planned in swept.runs:
-        record = read_run(swept.folder / planned.name)
-        assert record.finished
-        assert sweep.what_is_missing(swept, planned) == []
-        if planned.base:
-            assert set(record.attacks) == {"clean", "fgsm"}
-            assert planned.config.init_from == str(swept.folder / planned.base)
-    text, written = rendered(swept.folder)
-    found = section(text, "Table 1: accuracy without and with AGR")
-    assert "digits, wrn10_1 of width 4, 128 training images, 2 epochs" in found
-    rows = [line for line in found.splitlines() if line.startswith(("| AT |", "| AT + AGR |"))]
-    assert len(rows) == 2
-    assert all(row.count(" of 16 |") == 1 for row in rows)  # FGSM; clean is of more images
-    assert (swept.folder / "report/figure6.svg") in written
-    # Nothing is left to do, and nothing is done.
-    before = {p: p.stat().st_mtime_ns for p in swept.folder.rglob("*") if p.is_file()}
-    assert sweep.run(swept) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in swept.folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.slow
-def test_measurements_of_a_real_run(swept, capsys):
-    """What must hold of any network: the middle of the landscape, Cauchy and Schwarz, the cap."""
-    base = swept.folder / swept.runs[0].name
-    config = run_folder.read_config(base)
-    settings = dataclasses.replace(
-        config.measure, images=20, directions=2, most_steps=30, points=3, batches=3
-    )
-    config = dataclasses.replace(config, measure=settings)
-    found = {
-        name: measure.measure_run(base, config, name)
-        for name in ("boundary", "landscape", "mechanism")
-    }
-    steps = found["boundary"]["steps"]
-    assert len(steps) == 2 * found["boundary"]["images"]
-    assert steps == sorted(steps)
-    assert all(1 <= s <= 30 for s in steps)
-    middle = [found["landscape"][scale] for scale in ("raw", "filter_normalised")]
-    for curve in middle:
-        assert curve["alpha"][1] == 0
-        assert curve["adversarial_loss"][1] >= curve["clean_loss"][1] - 1e-5
-    assert middle[0]["clean_loss"][1] == pytest.approx(middle[1]["clean_loss"][1], rel=1e-5)
-    change = found["mechanism"]["change"]
-    for way in ("clean", "adversarial"):
-        assert change[way][way]["mean"] == pytest.approx(-change[way]["norm"]["mean"], rel=1e-4)
-        for other in change.values():  # no direction of the same length does more
-            assert other[way]["mean"] >= change[way][way]["mean"] - 1e-4
-    for part in ("clean", "adversarial"):  # Theorem 4.1
-        assert change["agr"][part]["mean"] <= 1e-5
-    by_leaf, leaves = (found["mechanism"][name] for name in ("by_leaf", "leaves"))
-    assert "block1_0/conv1/kernel" in by_leaf["names"]
-    for name in ("cosine", "projected"):
-        assert np.mean(by_leaf[name]) == pytest.approx(leaves[name]["mean"], abs=1e-6)
-        assert len(by_leaf[name]) == len(by_leaf["names"])
-    text, _ = rendered(swept.folder)
-    assert "base-seed0: agr |" in section(text, "AGR-small: mechanism")
-    assert "](layers.svg)" in section(text, "AGR-small: mechanism")
-    left, right = drawn_whole(swept.folder, "layers")[0].axes
-    kernels = [index for index, name in enumerate(by_leaf["names"]) if name.endswith("kernel")]
-    assert left.lines[0].get_ydata().tolist() == np.array(by_leaf["cosine"])[kernels].tolist()
-    projected = dict(zip(by_leaf["names"], by_leaf["projected"], strict=True))
-    ticks = [label.get_text() for label in right.get_yticklabels()]
-    assert right.lines[0].get_xdata().tolist() == [100 * projected[name] for name in ticks]
-    assert bool(ticks) == (max(projected.values()) > 0)
-    with pytest.raises(ConfigError, match="measurement 'x': there are boundary, landscape"):
-        measure.measure_run(base, config, "x")
-    shutil.rmtree(base / "measurements")
-
-
-def test_a_sweep_wants_the_average_and_this_epoch(tmp_path):
-    """As a kill leaves a run: trained, the last checkpoint evaluated, the average not yet."""
-    planned = sweep.from_plan(agr_small.get_config("small"), tmp_path)
-    best = planned.runs[-1]
-    folder = tmp_path / best.name
-    for name in ("evaluations", "measurements"):
-        (folder / name).mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"epoch": 60}\n')
-
-    def save(name, attacks, examples=1000):
-        entries = {a: {"accuracy": 0.5, "settings": settings(best.config, a)} for a in attacks}
-        record = {"epoch": 60, "examples": examples, "attacks": entries}
-        (folder / f"evaluations/{name}.json").write_text(json.dumps(record))
-
-    for which in ("last", "average"):
-        assert sweep.what_is_missing(planned, best) == ["evaluation", "evaluation fast"]
-        save(which, ("clean", "pgd20"), 10_000)
-        save(f"{which}-fast-first1000", ("fast",))
-    assert sweep.what_is_missing(planned, best) == []
-    best = dataclasses.replace(best, measurements=("mechanism",))
-    (folder / "measurements/mechanism.json").write_text('{"epoch": 20}')
-    assert sweep.what_is_missing(planned, best) == ["mechanism"]
-    (folder / "measurements/mechanism.json").write_text('{"epoch": 60}')
-    assert sweep.what_is_missing(planned, best) == []
-
-
-def test_a_sweep_does_only_what_is_missing(swept, tmp_path, monkeypatch):
-    folder = tmp_path / "runs"
-    planned = sweep.from_plan(tiny(table1.get_config("digits")), folder)
-    shutil.copytree(swept.folder, folder)
-    branch = planned.runs[-1]
-    for path in (folder / branch.name / "evaluations").glob("*table1*"):
-        path.unlink()
-    assert sweep.what_is_missing(planned, branch) == ["evaluation table1"]
-    trained = []
-    monkeypatch.setattr(train, "run", lambda config, path: trained.append(path) or 0)
-    # The base lies elsewhere now, which evaluations do not mind.
-    assert sweep.run(planned) == 0
-    assert trained == []
-    same = [
-        json.loads(next((root / branch.name / "evaluations").glob("*table1*")).read_text())
-        for root in (folder, swept.folder)
-    ]
-    for record in same:
-        for found in record["attacks"].values():
-            found.pop("wall_seconds")
-            found.pop("seconds", None)
-        record.pop("config")
-    assert same[0] == same[1]
-
-
-def test_a_failing_run_is_named_and_the_others_go_on(tmp_path, capsys):
-    plan = tiny(table1.get_config("digits"))
-    with plan.unlocked():
-        plan.runs[0].config.model.name = "no_such_network"
-        other = plans.planned("alone", plan.runs[1].config.copy_and_resolve_references())
-        plan.runs = (*plan.runs, other)
-    planned = sweep.from_plan(plan, tmp_path)
-    assert sweep.run(planned) == 1
-    printed = capsys.readouterr().out
-    base, first, second, alone = (run.name for run in planned.runs)
-    assert f"failed: {base}: config.model.name" in printed
-    assert f"failed: {first}: its base {base} failed" in printed
-    assert f"failed: {second}: its base {base} failed" in printed
-    assert "1 of 4 runs are complete" in printed
-    assert read_run(tmp_path / alone).finished
-
-
-def test_what_is_no_sweep_is_refused():
-    with pytest.raises(ConfigError, match=r"a sweep needs a file of configs/paper"):
-        sweep.from_plan({"epochs": 3})
-    plan = table1.get_config("digits")
-    with plan.unlocked():
-        plan.runs = plan.runs[1:2]
-    with pytest.raises(ConfigError, match=r"its base .* must come before"):
-        sweep.from_plan(plan)
-    with pytest.raises(ConfigError, match="scale: must be one of full, small, digits, got 'tiny'"):
-        table1.get_config("tiny")
-
-
-def test_the_time_left_comes_from_the_runs_so_far(tmp_path):
-    plan = agr_small.get_config("small")
-    planned = sweep.from_plan(plan, tmp_path)
-    assert sweep.time_left(planned, planned.runs) == "time left not known yet"
-    base = planned.runs[0]
-    (tmp_path / base.name).mkdir()
-    lines = [{"epoch": e, "step": e, "seconds": 60.0} for e in range(1, 46)]
-    (tmp_path / base.name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    # Without AGR 10 + 4 passes, with it 10 + 6; 60 s an epoch of 14.
-    per_pass = 60 / 14
-    left = planned.runs[1:]
-    epochs = sum(
-        (45 if run.name.startswith("base") else 60 if run.name == "best-0" else 15)
-        * sweep.passes_per_image(run.config)
-        for run in left
-    )
-    expected = f"about {epochs * per_pass / 3600:.1f} h of training left"
-    assert sweep.time_left(planned, left) == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "passes"),
-    [
-        ({"agr.enabled": False}, 10 + 3 + 1),
-        ({}, 10 + 3 + 3),
-        ({"agr.gop": False, "agr.interpolation": "none"}, 10 + 3 + 1),
-        ({"agr.enabled": False, "diagnostics": True}, 10 + 3 + 3),
-        ({"method": "standard"}, 3),
-    ],
-)
-def test_passes_of_an_image(fields, passes):
-    values = plans.arm(plans.recipe("small", "cifar10", "preactresnet18", "at", 0), "agr")
-    values.update_from_flattened_dict(fields)
-    assert sweep.passes_per_image(from_config_dict(values)) == passes
-
-
-def test_agr_small_is_what_the_page_says():
-    plan = agr_small.get_config("small")
-    runs = {run.name: from_config_dict(run.config) for run in plan.runs}
-    assert len([name for name in runs if name.startswith("base-")]) == 3
-    for seed in (0, 1, 2):
-        for arm in ("at", "at_clip", "agr", "agr_no_clip", "tau_0.9"):
-            config = runs[f"{arm}-{seed}"]
-            assert (config.seed, config.epochs, config.attack.steps) == (seed, 60, 5)
-            assert config.data.train_examples == 10_000
-            assert config.data.validation_examples == 2_000
-            assert config.optimizer.milestones == (30, 45)
-            assert config.model.width == 16
-    assert len(runs) == 3 + 15 + 5 + 1
-    page = (Path(__file__).parents[1] / "docs/experiments.md").read_text()
-    commands = page.split("```sh")[1].split("```")[0]
-    for name in ("base-$seed", "at-$seed", "at_clip-$seed", "agr-$seed", "tau_0.9-$seed"):
-        assert f"runs/agr-small/{name}" in commands
-    # The commands and the sweep make the same runs.
-    flags = dict(re.findall(r"--config\.([\w.]+)=(\S+?)[\s\"]", commands.split("\n")[2] + " "))
-    flat = dict(_flatten(dataclasses.asdict(runs["agr-0"])))
-    for name, value in flags.items():
-        assert str(flat[name]).replace(" ", "") == value, name
-
-
-def _flatten(values, prefix=""):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-@pytest.mark.parametrize("scale", plans.SCALES)
-@pytest.mark.parametrize(
-    "path",
-    sorted((Path(__file__).parents[1] / "configs/paper").glob("[tfa]*.py")),
-    ids=lambda path: path.stem,
-)
-def test_every_plan_loads(path, scale):
-    module = importlib.import_module(f"configs.paper.{path.stem}")
-    planned = sweep.from_plan(module.get_config(scale))
-    assert planned.runs
-    assert len({run.name for run in planned.runs}) == len(planned.runs)

@@ -27,7 +27,7 @@ from agr_jax.attacks import (
     square,
 )
 from agr_jax.config import AttackConfig
-from agr_jax.mesh import data_mesh, replicated
+from agr_jax.sharding import data_mesh, replicated
 from agr_jax.threat import L1, L2, Linf, image_keys
 
 KEY = jax.random.key(0)
@@ -242,7 +242,15 @@ SATURATING = {
 }
 
 
-@pytest.mark.parametrize("name", SATURATING)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("pgd", "apgd", "mim", "training")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in SATURATING
+    ],
+)
 def test_multiplied_logits_have_the_same_verdicts(name):
     counts = {}
     weights, logits_fn, images, labels = trained()
@@ -351,6 +359,7 @@ def test_a_tie_is_decided_by_the_prediction():
     np.testing.assert_array_equal(adversarial[1], images[1])  # misclassified without an attack
 
 
+@pytest.mark.slow
 def test_quantised_heads_have_the_verdicts_of_their_predictions():
     weights = jax.random.normal(KEY, (36, 5)) / 3
     images = images_of(64, 6, 6, 1)
@@ -415,7 +424,10 @@ def test_a_network_that_depends_on_the_batch_is_said(network):
                 attack(network, images, labels, KEY)
 
 
-@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg", "threefry2x32"])
+@pytest.mark.parametrize(
+    "kind",
+    ["rbg", *(pytest.param(k, marks=pytest.mark.slow) for k in ("unsafe_rbg", "threefry2x32"))],
+)
 def test_draws_do_not_depend_on_the_batch_for_any_kind_of_key(network, kind):
     key = jax.random.key(3, impl=kind)
     images = images_of(6, 4, 4, 1)
@@ -437,6 +449,7 @@ def test_draws_do_not_depend_on_the_batch_for_any_kind_of_key(network, kind):
         np.testing.assert_allclose(raw, pgd(BALL, steps=2)(network, images, labels, key))
 
 
+@pytest.mark.slow
 def test_one_unlucky_draw_loses_no_image():
     """A network that nothing moves, wrong in 20 % of its draws."""
     images, labels = images_of(60, 4, 4, 1), jnp.zeros(60, int)
@@ -463,6 +476,7 @@ def test_one_unlucky_draw_loses_no_image():
 # ---- layouts, devices, radii
 
 
+@pytest.mark.slow
 def test_layouts_that_square_cannot_search(network):
     calls = []
 
@@ -526,7 +540,9 @@ def test_foreign_convolutions_within_shard_map():
     np.testing.assert_allclose(jax.jit(split)(images, labels, keys), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", [Linf, L2, L1])
+@pytest.mark.parametrize(
+    "norm", [Linf, *(pytest.param(norm, marks=pytest.mark.slow) for norm in (L2, L1))]
+)
 def test_a_radius_may_be_an_argument(network, norm, compilations):
     images = images_of(4, 4, 4, 1)
     labels = network(images).argmax(1)
@@ -549,6 +565,7 @@ def test_a_radius_may_be_an_argument(network, norm, compilations):
         assert not compilations, name
 
 
+@pytest.mark.slow
 def test_devices_of_the_callers_own(network):
     images = images_of(10, 4, 4, 1)
     labels = network(images).argmax(1)
@@ -571,6 +588,7 @@ def test_devices_of_the_callers_own(network):
 # ---- distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_points_of_a_distance_are_misclassified_at_a_second_look(seed):
     """Also by a program of another order of sums."""

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from agr_jax.attacks import apgd, autoattack, cw_l2, fab, fgsm, mim, pgd, spsa, square
-from agr_jax.attacks.tracing import trace
+from agr_jax.attacks._tracing import trace
 from agr_jax.threat import L2, Linf
 
 KEY = jax.random.key(0)
@@ -196,7 +196,15 @@ ENTRIES = {
     ),
     "autoattack": lambda net: of_autoattack(net, version="custom", attacks=("apgd-ce", "square")),
 }
-by_entry = pytest.mark.parametrize("entry", ENTRIES)
+by_entry = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, marks=pytest.mark.slow)
+        if entry in ("autoattack", "trajectory")
+        else entry
+        for entry in ENTRIES
+    ],
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,28 +17,23 @@ import optax
 import pytest
 from test_train import overridden
 
-from agr_jax import (
-    checkpoints,
-    diagnostics,
-    evaluate,
-    leaf_names,
-    methods,
-    network,
-    optim,
-    run_folder,
-    train,
-)
+from agr_jax import data, diagnostics, leaf_names, methods, models, sharding
 from agr_jax.attacks import PGD
 from agr_jax.config import Config
 from agr_jax.data import Split, to_unit_range
 from agr_jax.data.batches import epoch_permutation
 from agr_jax.diagnostics import DiagnosticsLog
 from agr_jax.errors import CheckpointError, RunFolderError
-from agr_jax.interruption import StopOnSignal
+from agr_jax.evaluation.evaluate import evaluate_run
+from agr_jax.files import read_json_lines
 from agr_jax.methods import Batch
-from agr_jax.metrics import read_json_lines
 from agr_jax.models import Classifier
+from agr_jax.runs import Run, checkpoints
+from agr_jax.runs.folder import read_config
 from agr_jax.threat import Linf
+from agr_jax.training import Trainer, loop, optimizers, train_run
+from agr_jax.training.loop import Progress, _validate
+from agr_jax.training.signals import StopOnSignal
 from configs.base import recipe
 
 TIMES = {"seconds", "images_per_second", "peak_memory_mb"}
@@ -57,6 +53,7 @@ RUNS = {
 def small(method: str, **overrides) -> Config:
     """Digits, 256 images, 4 steps an epoch, PGD-2; `agr__gop` is a field of the group `agr`."""
     values = recipe("digits", method, "paper")
+    values.model.name = "tests.tiny_network:create"
     values.epochs = 2
     values.batch_size = 64
     values.data.train_examples = 256
@@ -80,7 +77,7 @@ def finished(tmp_path_factory):
     @functools.cache
     def run(method, **overrides):
         folder = tmp_path_factory.mktemp("runs") / method
-        assert train.run(small(method, **overrides), folder) == 0
+        assert train_run(small(method, **overrides), folder) == 0
         return folder
 
     return run
@@ -88,10 +85,10 @@ def finished(tmp_path_factory):
 
 def trees_of(folder):
     """The trainer of a run, and the trees of its last checkpoint: its items but `about`."""
-    config = run_folder.read_config(folder)
-    dataset = evaluate.dataset_from_config(config)
-    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
-    everywhere = train.mesh.replicated(trainer.on)
+    config = read_config(folder)
+    run = Run.from_config(config, Path())
+    dataset, trainer = run.dataset, Trainer.from_run(run)
+    everywhere = sharding.replicated(trainer.mesh)
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         jax.eval_shape(lambda: trainer.init(jax.random.key(0), dataset.image_shape)),
@@ -143,7 +140,7 @@ def metrics_of(folder):
 def run_until(step, config, folder, monkeypatch):
     """Runs until a SIGTERM arrives in a step, counted from 1 over the run."""
     signals = []
-    advance, enter = train.Progress.advance, StopOnSignal.__enter__
+    advance, enter = Progress.advance, StopOnSignal.__enter__
 
     def counted(self, *args, **kwargs):
         if self._unit == "step" and self._done + 1 == step:
@@ -152,8 +149,8 @@ def run_until(step, config, folder, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(StopOnSignal, "__enter__", lambda self: signals.append(self) or enter(self))
-        patched.setattr(train.Progress, "advance", counted)
-        assert train.run(config, folder) == 128 + 15
+        patched.setattr(Progress, "advance", counted)
+        assert train_run(config, folder) == 128 + 15
     assert int(checkpoints.find(folder).name) == step
 
 
@@ -177,7 +174,7 @@ def test_stopped_and_continued_equals_undisturbed(finished, tmp_path, monkeypatc
     undisturbed, folder = finished(method, **overrides), tmp_path / "run"
     config = small(method, **overrides)
     run_until(stop_at, config, folder, monkeypatch)
-    assert train.run(config, folder) == 0
+    assert train_run(config, folder) == 0
     assert_bit_identical(saved(undisturbed), saved(folder))
     assert metrics_of(folder) == metrics_of(undisturbed)
     assert (folder / "diagnostics").is_dir() == config.diagnostics
@@ -203,15 +200,15 @@ def test_weights_are_perturbed_from_the_start_epoch_on(finished):
 def test_average_equals_a_recomputation():
     """Five steps; with a decay of 0.3 the first three are in the warm-up."""
     config = small("standard", averaging__decay=0.3)
-    dataset = evaluate.dataset_from_config(config)
-    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
+    run = Run.from_config(config, Path())
+    dataset, trainer = run.dataset, Trainer.from_run(run)
     state = trainer.init(jax.random.key(0), dataset.image_shape)
     step = jax.jit(trainer.step, static_argnames=("clean_gradient", "batch_size"))
     expected = {k: v.astype(np.float64) for k, v in arrays(state.variables).items()}
     assert_bit_identical(arrays(state.average), arrays(state.variables))
     data = jax.device_put(
         (dataset.train.images, dataset.train.labels, np.arange(256, dtype=np.int32)),
-        train.mesh.replicated(trainer.on),
+        sharding.replicated(trainer.mesh),
     )
     for decay in (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3):
         state, _ = step(state, *data, jax.random.key(1), clean_gradient=False, batch_size=64)
@@ -230,22 +227,23 @@ def test_average_equals_a_recomputation():
 
 def test_without_a_decay_nothing_is_kept(finished):
     folder = finished("standard", **WHOLE, epochs=1)
-    config = run_folder.read_config(folder)
-    dataset = evaluate.dataset_from_config(config)
-    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
+    config = read_config(folder)
+    run = Run.from_config(config, Path())
+    trainer = Trainer.from_run(run)
     assert jax.eval_shape(lambda: trainer.init(jax.random.key(0), (8, 8, 1))).average is None
     assert not (checkpoints.find(folder) / "average").exists()
-    records = evaluate.evaluate_run(folder, config, dataset=dataset)
+    run = dataclasses.replace(run, folder=folder)
+    records = evaluate_run(run)
     assert [record["checkpoint"] for record in records] == ["last", "best"]
     assert not (folder / "evaluations" / "average-first60.json").exists()
     with pytest.raises(CheckpointError, match=r"no moving average .*--config\.averaging\.decay="):
-        evaluate.evaluate_run(folder, config, which=("average",), dataset=dataset)
+        evaluate_run(run, which=("average",))
 
 
 def test_a_branch_from_a_base_without_an_average_starts_at_the_base(finished, tmp_path):
     base = finished("standard", **WHOLE, epochs=1)
     config = small("standard", **WHOLE, **AVERAGED, init_from=str(base))
-    assert train.run(config, tmp_path / "run") == 0
+    assert train_run(config, tmp_path / "run") == 0
     before, after = trees_of(base)[1]["variables"], trees_of(tmp_path / "run")[1]
     before, now, average = map(arrays, (before, after["variables"], after["average"]))
     for name, start in before.items():
@@ -259,34 +257,35 @@ def test_a_branch_from_a_base_without_an_average_starts_at_the_base(finished, tm
 def test_a_branch_from_a_base_with_an_average_continues_it(finished, tmp_path):
     base = finished("standard", **WHOLE, **AVERAGED, epochs=1)
     config = small("standard", **WHOLE, **AVERAGED, init_from=str(base))
-    assert train.run(config, tmp_path / "branch") == 0
-    assert train.run(small("standard", **WHOLE, **AVERAGED), tmp_path / "whole") == 0
+    assert train_run(config, tmp_path / "branch") == 0
+    assert train_run(small("standard", **WHOLE, **AVERAGED), tmp_path / "whole") == 0
     branch = saved(tmp_path / "branch")
     assert any(name.startswith("['average']") for name in branch)
     assert_bit_identical(branch, saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_branch_may_drop_the_average(finished, tmp_path):
     base = finished("standard", **WHOLE, **AVERAGED, epochs=1)
-    assert train.run(small("standard", **WHOLE, init_from=str(base)), tmp_path / "branch") == 0
-    assert train.run(small("standard", **WHOLE), tmp_path / "whole") == 0
+    assert train_run(small("standard", **WHOLE, init_from=str(base)), tmp_path / "branch") == 0
+    assert train_run(small("standard", **WHOLE), tmp_path / "whole") == 0
     assert_bit_identical(saved(tmp_path / "branch"), saved(tmp_path / "whole"))
 
 
 def test_the_held_out_split_scores_the_average():
     """Two networks of random weights, on labels that are what the averaged one says."""
     config = small("standard", **AVERAGED)
-    dataset = evaluate.dataset_from_config(config)
-    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
+    run = Run.from_config(config, Path())
+    dataset, trainer = run.dataset, Trainer.from_run(run)
     one, other = (trainer.init(jax.random.key(i), dataset.image_shape).variables for i in (0, 1))
     images = to_unit_range(jnp.asarray(dataset.validation.images))
-    said = Classifier(network.from_config(config, 10), other)(images).argmax(-1)
+    said = Classifier(models.from_config(config, 10), other)(images).argmax(-1)
     validation = Split(dataset.validation.images, np.asarray(said, np.int32))
-    dataset = dataclasses.replace(dataset, validation=validation)
+    run = dataclasses.replace(run, dataset=dataclasses.replace(dataset, validation=validation))
     accuracy = {}
     for average in (None, other):
         state = SimpleNamespace(variables=one, average=average)
-        scores = train._validate(config, trainer, state, dataset, config.epochs - 1)
+        scores = _validate(run, state, config.epochs - 1)
         accuracy[average is None] = scores["validation_clean_accuracy"]
     # Compiled for another batch: an image at the decision boundary may tip.
     assert accuracy[False] >= 1 - 1 / len(said)
@@ -309,12 +308,12 @@ def test_the_average_has_a_row_of_its_own(finished, capsys):
     folder = finished("trades", **AVERAGED)
     capsys.readouterr()
     # A finished run is only evaluated again, here on all test images.
-    assert train.run(small("trades", **AVERAGED, eval__examples=0), folder) == 0
+    assert train_run(small("trades", **AVERAGED, eval__examples=0), folder) == 0
     lines = capsys.readouterr().out.splitlines()
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert [row[0] for row in cells[2:]] == ["last", "best", "average"]
-    config = run_folder.read_config(folder)
-    test = evaluate.dataset_from_config(config).test
+    config = read_config(folder)
+    test = data.from_config(config).test
     images = to_unit_range(jnp.asarray(test.images))
     trees = trees_of(folder)[1]
     correct = {}
@@ -323,7 +322,7 @@ def test_the_average_has_a_row_of_its_own(finished, capsys):
         assert record["checkpoint"] == row
         correct[row] = record["attacks"]["clean"]["correct"]
         if item is not None:
-            classifier = Classifier(network.from_config(config, 10), trees[item])
+            classifier = Classifier(models.from_config(config, 10), trees[item])
             answers = np.asarray(jax.jit(classifier)(images)).argmax(-1)
             # Compiled for another batch: an image at the decision boundary may tip.
             assert abs((answers == test.labels).sum() - correct[row]) <= 1
@@ -339,12 +338,12 @@ def test_averaged_statistics_fit_the_averaged_network(tmp_path):
     """
     overrides = {"epochs": 10, "data__train_examples": 0, "eval__every_epochs": 10}
     config = small("at", **overrides, averaging__decay=0.99, checkpoints__every_epochs=10)
-    assert train.run(config, tmp_path / "run") == 0
-    dataset = evaluate.dataset_from_config(config)
+    assert train_run(config, tmp_path / "run") == 0
+    dataset = data.from_config(config)
     trainer, trees = trees_of(tmp_path / "run")
     averaged, current = trees["average"], trees["variables"]["batch_stats"]
     images, labels = jax.device_put(
-        (dataset.train.images, dataset.train.labels), train.mesh.replicated(trainer.on)
+        (dataset.train.images, dataset.train.labels), sharding.replicated(trainer.mesh)
     )
 
     @jax.jit
@@ -391,8 +390,8 @@ def cross_entropies(logits, labels, smoothing):
 def test_label_smoothing_is_the_closed_form_in_both_losses():
     smoothing = 0.2
     config = small("at", label_smoothing=smoothing)
-    dataset = evaluate.dataset_from_config(config)
-    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
+    run = Run.from_config(config, Path())
+    dataset, trainer = run.dataset, Trainer.from_run(run)
     state = trainer.init(jax.random.key(0), dataset.image_shape)
     rng = np.random.default_rng(0)
     images = to_unit_range(dataset.train.images[:64])
@@ -438,7 +437,7 @@ def test_global_clip_comes_after_agr_and_before_weight_decay_and_momentum():
     rng = np.random.default_rng(0)
     draw = lambda scale: {n: scale * rng.normal(size=s) for n, s in (("a", (5, 3)), ("b", 4))}  # noqa: E731
     params, large, other, tiny = draw(10), draw(30), draw(20), draw(1e-3)
-    optimizer = optim.create(config, steps_per_epoch=4)
+    optimizer = optimizers.from_config(config, steps_per_epoch=4)
     float32 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     state = optimizer.init(float32(params))
     buffer = dict.fromkeys(params, 0.0)
@@ -554,14 +553,14 @@ def test_ablations_do_what_their_fields_say(name):
         "short": 0.01 * (scale + draw(5)),
         "no_clean": np.zeros(2),
     }
-    transform = optim.agr(config, steps_per_epoch=3)
+    transform = optimizers.agr_from_config(config, steps_per_epoch=3)
     float32 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     changed = False
     for epoch in range(4):
         expected = as_documented(config, g_a, g_c, epoch)
         reference = as_documented(paper, g_a, g_c, epoch)
         changed |= any((expected[n] != reference[n]).any() for n in g_a)
-        uses_clean = optim.uses_clean_gradient(config, epoch)
+        uses_clean = optimizers.uses_clean_gradient(config, epoch)
         depends = as_documented(config, g_a, {n: -g for n, g in g_c.items()}, epoch)
         assert uses_clean == any((expected[n] != depends[n]).any() for n in g_a)
         for step in (3 * epoch, 3 * epoch + 2):  # the first and the last of the epoch
@@ -581,6 +580,7 @@ def test_ablations_do_what_their_fields_say(name):
 STRONG = {"attack__norm": "l2", "attack__epsilon": 2.4, "attack__step_size": 1.2}
 
 
+@pytest.mark.slow
 def test_at_with_a_clip_takes_no_clean_gradient(finished):
     fields = {**ABLATIONS["at_and_clip"], "clip_start_epoch": 1, "clip_norm": 0.02}
     overrides = {f"agr__{field}": value for field, value in fields.items()}
@@ -627,6 +627,7 @@ def test_diagnostics_have_a_row_for_every_step(finished, agr):
         assert record["conflicting"] == pytest.approx(conflicting[rows].mean(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_diagnostics_do_not_change_the_baseline(finished):
     """Up to the rounding of another program; AGR changes it by much more.
 
@@ -657,7 +658,7 @@ def test_diagnostics_do_not_change_the_baseline(finished):
 def test_diagnostics_of_steps_whose_checkpoint_failed_are_repeated(finished, tmp_path, monkeypatch):
     method, overrides = RUNS["standard"]
     config, folder = small(method, **overrides), tmp_path / "run"
-    assert train.run(small(method, **overrides, epochs=1), folder) == 0
+    assert train_run(small(method, **overrides, epochs=1), folder) == 0
 
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -665,11 +666,11 @@ def test_diagnostics_of_steps_whose_checkpoint_failed_are_repeated(finished, tmp
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints.ocp.CheckpointManager, "save", no_space)
         with pytest.raises(CheckpointError, match="No space left"):
-            train.run(config, folder)
+            train_run(config, folder)
     assert diagnostics.read(folder).steps.tolist() == list(range(1, 9))
     run_until(6, config, folder, monkeypatch)
     assert diagnostics.read(folder).steps.tolist() == list(range(1, 7))
-    assert train.run(config, folder) == 0
+    assert train_run(config, folder) == 0
     assert_same_diagnostics(folder, finished(method, **overrides))
 
 
@@ -719,6 +720,7 @@ def test_forgetting_steps_loses_none_on_a_full_disk(tmp_path, monkeypatch):
     assert diagnostics.read(tmp_path).steps.tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_damaged_diagnostics_file_is_named(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished("standard", **MEASURED), folder)
@@ -732,7 +734,7 @@ def test_a_damaged_diagnostics_file_is_named(finished, tmp_path):
     with pytest.raises(RunFolderError, match=rf"{path} cannot be read: .*steps"):
         diagnostics.read(folder)
     with pytest.raises(RunFolderError, match=rf"{path} cannot be read: "):
-        train.run(small("standard", **MEASURED, epochs=3), folder)
+        train_run(small("standard", **MEASURED, epochs=3), folder)
 
 
 def test_a_run_without_diagnostics_says_how_to_write_them(finished):
@@ -747,17 +749,17 @@ def test_a_run_without_diagnostics_says_how_to_write_them(finished):
 def test_the_held_out_split_meets_the_same_attack_whatever_the_method(monkeypatch, method):
     """PGD on the cross-entropy from a random start; TRADES and MART train against another."""
     config = small(method)
-    dataset = evaluate.dataset_from_config(config)
+    run = Run.from_config(config, Path())
     seen = []
 
     def record(classifier, attack, split, **options):
         seen.append(attack)
-        assert split is dataset.validation
+        assert split is run.dataset.validation
         return np.ones(60, bool)
 
-    monkeypatch.setattr(evaluate, "correct_under_attack", record)
-    nothing = SimpleNamespace(average=None, variables={}, on=None)
-    scores = train._validate(config, nothing, nothing, dataset, epoch=1)
+    monkeypatch.setattr(loop, "correct_under_attack", record)
+    nothing = SimpleNamespace(average=None, variables={})
+    scores = _validate(run, nothing, epoch=1)
     expected = PGD(Linf(0.15), steps=2, step_size=0.0375, random_start=True)
     assert dict(zip(scores, seen, strict=True)) == {
         "validation_clean_accuracy": None,
@@ -779,14 +781,14 @@ def test_the_best_checkpoint_is_chosen_by_what_the_method_is_for(monkeypatch, tm
             zip(("validation_clean_accuracy", checkpoints.SELECTION_METRIC), found, strict=True)
         )
 
-    monkeypatch.setattr(train, "_validate", validate)
+    monkeypatch.setattr(loop, "_validate", validate)
     config = small("standard" if method == "own" else method, epochs=3)
     if method == "own":  # it is asked, whatever it is called
         monkeypatch.setattr(
             methods.AdversarialTraining, "is_adversarial", property(lambda self: False)
         )
         config = small("at", epochs=3)
-    assert train.run(config, tmp_path / "run") == 0
+    assert train_run(config, tmp_path / "run") == 0
     best = checkpoints.find(tmp_path / "run", "best")
     per_epoch = int(checkpoints.find(tmp_path / "run").name) // 3
     assert int(best.name) == per_epoch * (1 if method == "at" else 2)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,12 +20,13 @@ from PIL import Image
 from test_train import assert_bit_identical, overridden, variables_of
 from test_train import small as digits
 
-from agr_jax import train
-from agr_jax.batch_picture import batch_picture
 from agr_jax.data import prepare
 from agr_jax.data.feed import TrainingImages
 from agr_jax.errors import ConfigError, DataError
-from agr_jax.metrics import read_json_lines
+from agr_jax.files import read_json_lines
+from agr_jax.runs import Run
+from agr_jax.training import Trainer, train_run
+from agr_jax.training.batch_picture import batch_picture
 from configs import base
 
 
@@ -96,7 +98,7 @@ def test_every_place_gives_the_same_run(places, tmp_path, capsys, name):
             pytest.skip("tensorflow-datasets is not installed")
         for turn in ("read", "cached") if place == "folder" else ("read",):
             folder = tmp_path / f"{place}-{turn}"
-            assert train.run(small(name, path), folder) == 0
+            assert train_run(small(name, path), folder) == 0
             assert f"from {path} [SUBSET]" in capsys.readouterr().out
             runs[folder.name] = variables_of(folder)
             record = json.loads((folder / "data.json").read_text())
@@ -123,7 +125,7 @@ def image_folder(tmp_path):
 def test_an_image_folder_trains(image_folder, tmp_path, capsys):
     config = small("image_folder", image_folder, data__image_size=32, data__train_examples=0)
     for turn in ("read", "cached"):
-        assert train.run(config, tmp_path / turn) == 0
+        assert train_run(config, tmp_path / turn) == 0
         assert f"own: 72 + 72 images of 32x32x3, 3 classes, from {image_folder}" in (
             capsys.readouterr().out
         )
@@ -166,9 +168,9 @@ def test_streamed_equals_on_device_bit_for_bit(
     }
     if with_extra:
         overrides |= {"data__extra": str(extra), "data__extra_fraction": 0.25}
-    assert train.run(small("cifar10", cifar10, **overrides), tmp_path / "device") == 0
+    assert train_run(small("cifar10", cifar10, **overrides), tmp_path / "device") == 0
     assert "MB of images on each device" in capsys.readouterr().out
-    assert train.run(small("cifar10", cifar10, **overrides, **STREAMED), tmp_path / "streamed") == 0
+    assert train_run(small("cifar10", cifar10, **overrides, **STREAMED), tmp_path / "streamed") == 0
     printed = capsys.readouterr().out
     assert "MB of images streamed to each device" in printed
     assert ("extra: 500 images" in printed) == with_extra
@@ -188,10 +190,10 @@ def test_streamed_equals_on_device_bit_for_bit(
 @pytest.mark.slow
 def test_a_run_may_go_on_with_another_budget(cifar10, tmp_path):
     overrides = {"data__train_examples": 400, "batch_size": 48}
-    assert train.run(small("cifar10", cifar10, **overrides, epochs=1), tmp_path / "run") == 0
+    assert train_run(small("cifar10", cifar10, **overrides, epochs=1), tmp_path / "run") == 0
     continued = small("cifar10", cifar10, **overrides, epochs=2, **STREAMED)
-    assert train.run(continued, tmp_path / "run") == 0
-    assert train.run(small("cifar10", cifar10, **overrides, epochs=2), tmp_path / "whole") == 0
+    assert train_run(continued, tmp_path / "run") == 0
+    assert train_run(small("cifar10", cifar10, **overrides, epochs=2), tmp_path / "whole") == 0
     assert_bit_identical(variables_of(tmp_path / "run"), variables_of(tmp_path / "whole"))
 
 
@@ -199,8 +201,8 @@ def test_a_run_may_go_on_with_another_budget(cifar10, tmp_path):
 @needs_shared
 def test_extra_images_change_the_run_and_are_recorded(cifar10, extra, tmp_path):
     with_extra = {"data__extra": str(extra), "data__extra_fraction": 0.5}
-    assert train.run(small("cifar10", cifar10), tmp_path / "without") == 0
-    assert train.run(small("cifar10", cifar10, **with_extra), tmp_path / "with") == 0
+    assert train_run(small("cifar10", cifar10), tmp_path / "without") == 0
+    assert train_run(small("cifar10", cifar10, **with_extra), tmp_path / "with") == 0
     without, mixed = variables_of(tmp_path / "without"), variables_of(tmp_path / "with")
     assert any((without[name] != mixed[name]).any() for name in without)
     record = json.loads((tmp_path / "with/data.json").read_text())
@@ -211,26 +213,27 @@ def test_extra_images_change_the_run_and_are_recorded(cifar10, extra, tmp_path):
 def test_extra_images_and_their_share_need_each_other(cifar10, extra, tmp_path):
     for overrides in ({"data__extra": str(extra)}, {"data__extra_fraction": 0.5}):
         with pytest.raises(ConfigError, match=r"config\.data\.extra_fraction: must be above 0 if"):
-            train.run(small("cifar10", cifar10, **overrides), tmp_path / "run")
+            train_run(small("cifar10", cifar10, **overrides), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"config\.data\.extra_fraction: must be at least 0"):
         small("cifar10", cifar10, data__extra_fraction=1.0)
     missing = {"data__extra": "none.npz", "data__extra_fraction": 0.5}
     with pytest.raises(DataError, match=r"none\.npz: expected an \.npz file"):
-        train.run(small("cifar10", cifar10, **missing), tmp_path / "run")
+        train_run(small("cifar10", cifar10, **missing), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # ---- the picture of the first batch
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_picture_shows_what_the_first_step_sees(cifar10, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        "agr_jax.batch_picture.batch_picture", lambda *parts: shown.append(parts) or b"png"
+        "agr_jax.training.batch_picture.batch_picture", lambda *parts: shown.append(parts) or b"png"
     )
     config = small("cifar10", cifar10, data__picture=True)
-    assert train.run(config, tmp_path / "run") == 0
+    assert train_run(config, tmp_path / "run") == 0
     assert (tmp_path / "run/first_batch.png").read_bytes() == b"png"
     ((images, augmented, adversarial, names),) = shown
     seen = first_inputs(config)
@@ -242,14 +245,14 @@ def test_the_picture_shows_what_the_first_step_sees(cifar10, tmp_path, monkeypat
     assert len(names) == 8
     # A run that goes on keeps its picture.
     (tmp_path / "run/first_batch.png").write_bytes(b"kept")
-    assert train.run(dataclasses.replace(config, epochs=2), tmp_path / "run") == 0
+    assert train_run(dataclasses.replace(config, epochs=2), tmp_path / "run") == 0
     assert (tmp_path / "run/first_batch.png").read_bytes() == b"kept"
 
 
 def first_inputs(config):
     """Of the first eight images of the whole first batch: as they are, augmented, adversarial."""
-    dataset = train.evaluate.dataset_from_config(config)
-    trainer = train.create_trainer(config, dataset, train.mesh.data_mesh())
+    run = Run.from_config(config, Path())
+    dataset, trainer = run.dataset, Trainer.from_run(run)
     root = jax.random.key(config.seed)
     init_key, order_key, step_key = (jax.random.fold_in(root, i) for i in range(3))
     state = trainer.init(init_key, dataset.image_shape)
@@ -278,12 +281,12 @@ def test_the_picture_is_a_png_of_four_rows(tmp_path):
 
 def test_old_runs_without_the_newer_fields_go_on(tmp_path):
     """A run folder from before these fields existed."""
-    assert train.run(digits(epochs=1), tmp_path / "run") == 0
+    assert train_run(digits(epochs=1), tmp_path / "run") == 0
     path = tmp_path / "run/config.json"
     values = json.loads(path.read_text())
     for field in ("resize", "download", "cache", "extra", "extra_fraction", "picture"):
         del values["data"][field]
     del values["data"]["device_budget_mb"]
     path.write_text(json.dumps(values))
-    assert train.run(digits(epochs=2), tmp_path / "run") == 0
+    assert train_run(digits(epochs=2), tmp_path / "run") == 0
     shutil.rmtree(tmp_path / "run")

@@ -3,15 +3,20 @@
 The lower-case names are the public ones: `attacks.pgd(Linf(8 / 255), steps=20)` makes an attack.
 """
 
-from agr_jax.attacks.apgd import APGD
-from agr_jax.attacks.attack import Attack, EvaluationWarning, LogitsFn, Outcome
-from agr_jax.attacks.autoattack import AutoAttack
-from agr_jax.attacks.autoattack_result import AutoAttackResult
-from agr_jax.attacks.carlini_wagner import CarliniWagnerL2
-from agr_jax.attacks.fab import FAB
-from agr_jax.attacks.pgd import FGSM, PGD, cw_inf, ifgsm, mim
-from agr_jax.attacks.spsa import SPSA
-from agr_jax.attacks.square import Square
+import warnings
+from typing import Any
+
+from agr_jax.attacks._apgd import APGD
+from agr_jax.attacks._attack import Attack, LogitsFn
+from agr_jax.attacks._autoattack.ensemble import AutoAttack
+from agr_jax.attacks._autoattack.result import AutoAttackResult
+from agr_jax.attacks._carlini_wagner import CarliniWagnerL2
+from agr_jax.attacks._checks import EvaluationWarning
+from agr_jax.attacks._fab import FAB
+from agr_jax.attacks._outcome import UnitOutcome
+from agr_jax.attacks._pgd import FGSM, PGD, cw_inf, ifgsm, mim
+from agr_jax.attacks._spsa import SPSA
+from agr_jax.attacks._square import Square
 
 fgsm = FGSM
 pgd = PGD
@@ -34,8 +39,8 @@ __all__ = [
     "CarliniWagnerL2",
     "EvaluationWarning",
     "LogitsFn",
-    "Outcome",
     "Square",
+    "UnitOutcome",
     "apgd",
     "autoattack",
     "cw_inf",
@@ -48,3 +53,13 @@ __all__ = [
     "spsa",
     "square",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of before."""
+    if name == "Outcome":
+        warnings.warn(
+            "attacks.Outcome is attacks.UnitOutcome now", DeprecationWarning, stacklevel=2
+        )
+        return UnitOutcome
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

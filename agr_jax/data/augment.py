@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from agr_jax.errors import ConfigError, DataError
+from agr_jax.errors import DataError
+from agr_jax.ranges import Range, check_ranges
 
 CutoutKind = Literal["devries", "official", "none"]
 
@@ -174,7 +175,7 @@ class Augmentation:
         cutout_size: side of the "devries" square in pixels.
 
     Raises:
-        ConfigError: a value out of range.
+        ValueError: a value out of range.
     """
 
     crop_padding: int = 4
@@ -183,12 +184,9 @@ class Augmentation:
     cutout_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise ConfigError(f"crop_padding must be >= 0, got {self.crop_padding}")
+        check_ranges(self, crop_padding=Range(0), cutout_size=Range(1))
         if self.cutout not in ("devries", "official", "none"):
-            raise ConfigError(f"cutout must be devries, official or none, got {self.cutout!r}")
-        if self.cutout_size < 1:
-            raise ConfigError(f"cutout_size must be >= 1, got {self.cutout_size}")
+            raise DataError(f"cutout must be devries, official or none, got {self.cutout!r}")
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Augments a batch.

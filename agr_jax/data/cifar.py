@@ -8,6 +8,7 @@ import numpy as np
 
 from agr_jax.data.archives import MissingMembersError, read_tar_members
 from agr_jax.data.dataset import Dataset, Split
+from agr_jax.data.official import Official
 from agr_jax.errors import DataError
 
 _SIDE = 32
@@ -18,12 +19,9 @@ _COARSE_NAMES = "coarse_label_names.txt"
 
 @dataclass(frozen=True)
 class _Layout:
-    """One of the two official layouts."""
+    """What is within an official folder."""
 
-    name: str
-    folder: str
-    archive: str
-    pickle_folder: str
+    official: Official
     train_files: tuple[str, ...]
     test_file: str
     names_file: str
@@ -40,16 +38,51 @@ class _Layout:
         return self.labels[-1][1]
 
 
-_CIFAR10 = _Layout(
-    name="CIFAR-10",
+# The archives' checksums are those that TensorFlow Datasets publishes. CIFAR-100 has no digests of
+# records yet: they can only be taken from the whole set.
+CIFAR10 = Official(
+    name="cifar10",
+    title="CIFAR-10",
     folder="cifar-10-batches-bin",
+    marker="data_batch_1.bin",
     archive="cifar-10-binary.tar.gz",
-    pickle_folder="cifar-10-batches-py",
+    archive_bytes=170_052_171,
+    checksum="sha256:c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    address="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    sizes=(50_000, 10_000),
+    classes=10,
+    side=_SIDE,
+    read=lambda path, image_size, allocate: read_cifar10(path),
+    image_sizes=(_SIDE,),
+    unreadable=("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    digests={
+        "train": "3cb34bc1eb7b3510d605b1a112ba2921cd6b3cd80ca2d046129ed2eb563c0571",
+        "test": "268e889ad366fcc26a10ded082db6922af67d7ad6066328d098e5093806a6511",
+    },
+)
+CIFAR100 = Official(
+    name="cifar100",
+    title="CIFAR-100",
+    folder="cifar-100-binary",
+    marker="fine_label_names.txt",
+    archive="cifar-100-binary.tar.gz",
+    archive_bytes=168_513_733,
+    checksum="sha256:58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    address="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    sizes=(50_000, 10_000),
+    classes=100,
+    side=_SIDE,
+    read=lambda path, image_size, allocate: read_cifar100(path),
+    image_sizes=(_SIDE,),
+    unreadable=("cifar-100-python", "cifar-100-python.tar.gz"),
+)
+_CIFAR10 = _Layout(
+    official=CIFAR10,
     train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
     test_file="test_batch.bin",
     names_file="batches.meta.txt",
     records={**{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, "test_batch.bin": 10_000},
-    labels=(("label", 10),),
+    labels=(("label", CIFAR10.classes),),
     class_names=(
         "airplane",
         "automobile",
@@ -64,16 +97,13 @@ _CIFAR10 = _Layout(
     ),
 )
 _CIFAR100 = _Layout(
-    name="CIFAR-100",
-    folder="cifar-100-binary",
-    archive="cifar-100-binary.tar.gz",
-    pickle_folder="cifar-100-python",
+    official=CIFAR100,
     train_files=("train.bin",),
     test_file="test.bin",
     names_file="fine_label_names.txt",
     records={"train.bin": 50_000, "test.bin": 10_000},
-    labels=(("coarse label", 20), ("fine label", 100)),
-    class_names=tuple(f"class_{i}" for i in range(100)),
+    labels=(("coarse label", 20), ("fine label", CIFAR100.classes)),
+    class_names=tuple(f"class_{i}" for i in range(CIFAR100.classes)),
 )
 
 
@@ -145,7 +175,7 @@ def _read(path: Path, layout: _Layout) -> Dataset:
     parts = {file: _decode(path / file, content, layout) for file, content in contents.items()}
     train_parts = [parts[file] for file in layout.train_files]
     return Dataset(
-        name=layout.name,
+        name=layout.official.title,
         class_names=class_names,
         train=Split(
             np.concatenate([part.images for part in train_parts]),
@@ -167,10 +197,10 @@ def _read_folder(path: Path, layout: _Layout, names_file: str) -> dict[str, byte
     missing = [file for file in limits if not (path / file).is_file()]
     if missing:
         has_pickles = (path / "data_batch_1").is_file() or (path / "train").is_file()
-        if path.name == layout.pickle_folder or has_pickles:
+        if path.name in layout.official.unreadable or has_pickles:
             raise _pickle_error(path, layout)
         raise DataError(
-            f"{path}: expected the {layout.name} files {', '.join(limits)}; "
+            f"{path}: expected the {layout.official.title} files {', '.join(limits)}; "
             f"missing {', '.join(missing)}"
         )
     contents = {}
@@ -185,7 +215,7 @@ def _read_folder(path: Path, layout: _Layout, names_file: str) -> dict[str, byte
 
 
 def _read_archive(path: Path, layout: _Layout, names_file: str) -> dict[str, bytes]:
-    prefix = f"{layout.folder}/"
+    prefix = f"{layout.official.folder}/"
     try:
         members = read_tar_members(
             path,
@@ -193,7 +223,7 @@ def _read_archive(path: Path, layout: _Layout, names_file: str) -> dict[str, byt
             optional={prefix + names_file: _NAMES_LIMIT},
         )
     except MissingMembersError as error:
-        if any(name.startswith(f"{layout.pickle_folder}/") for name in error.found):
+        if any(name.partition("/")[0] in layout.official.unreadable for name in error.found):
             raise _pickle_error(path, layout) from error
         raise
     return {name.removeprefix(prefix): content for name, content in members.items()}
@@ -204,8 +234,9 @@ def _decode(path: Path, content: bytes, layout: _Layout) -> Split:
     records, rest = divmod(len(content), layout.record_bytes)
     if rest or not records:
         raise DataError(
-            f"{path}: expected a multiple of {layout.record_bytes} bytes ({layout.name} records), "
-            f"at least one, found {len(content):,} bytes: {records:,} records and {rest} bytes"
+            f"{path}: expected a multiple of {layout.record_bytes} bytes (records of "
+            f"{layout.official.title}), at least one, found {len(content):,} bytes: {records:,} "
+            f"records and {rest} bytes"
         )
     table = np.frombuffer(content, np.uint8).reshape(records, layout.record_bytes)
     for column, (kind, classes) in enumerate(layout.labels):
@@ -213,7 +244,7 @@ def _decode(path: Path, content: bytes, layout: _Layout) -> Split:
         if bad.size:
             raise DataError(
                 f"{path}: {kind} {table[bad[0], column]} of record {bad[0]} is outside "
-                f"0..{classes - 1}: damaged, or not {layout.name}"
+                f"0..{classes - 1}: damaged, or not {layout.official.title}"
             )
     pixels = table[:, len(layout.labels) :].reshape(records, 3, _SIDE, _SIDE)
     return Split(
@@ -232,7 +263,7 @@ def _class_names(path: Path, content: bytes, expected: int) -> tuple[str, ...]:
 
 def _pickle_error(path: Path, layout: _Layout) -> DataError:
     return DataError(
-        f"{path} is the Python (pickle) version of {layout.name}, which is never read because "
-        f"unpickling runs code; get the binary version, {layout.archive} or the folder "
-        f"{layout.folder}"
+        f"{path} is the Python (pickle) version of {layout.official.title}, which is never read "
+        f"because unpickling runs code; get the binary version, {layout.official.archive} or the "
+        f"folder {layout.official.folder}"
     )

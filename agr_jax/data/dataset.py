@@ -63,9 +63,9 @@ class Split:
 
     @property
     def ordered_by_class(self) -> bool:
-        """Whether the first examples are of few classes: those of one class lie together.
+        """Whether the first examples are of few classes: those of one class are adjacent.
 
-        So lie those of an image folder. The official CIFAR, Tiny ImageNet and digits are mixed.
+        So are those of an image folder. The official CIFAR, Tiny ImageNet and digits are mixed.
         """
         changes = float(np.mean(self.labels[1:] != self.labels[:-1])) if len(self) > 1 else 0.0
         shares = np.bincount(self.labels) / len(self)
@@ -199,7 +199,7 @@ def representative_order(split: Split) -> np.ndarray:
 def part_of(split: Split, examples: int) -> Part:
     """The examples that stand for a split: the first, or drawn ones if it is ordered by class.
 
-    Of two numbers of examples the smaller part lies in the larger.
+    Of two numbers of examples the smaller part is within the larger.
 
     Raises:
         DataError: fewer examples than one, or more than the split has.
@@ -217,7 +217,7 @@ def class_balanced_subset(split: Split, examples: int, *, num_classes: int, seed
     """Draws `examples` examples without replacement, the same number from every class.
 
     Counts of two classes differ by at most one. The examples keep their order. The same seed gives
-    the same subset, and a smaller subset lies inside a larger one.
+    the same subset, and a smaller subset is within a larger one.
 
     Raises:
         DataError: more examples than the split, or one of its classes, can give.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agr_jax.errors import DataError
-from agr_jax.metrics import Progress
+from agr_jax.progress import Progress
 
 _BLOCK_BYTES = 2**16  # of a block that breaks off nothing is kept
 _SECONDS_BEFORE_AGAIN = (1.0, 3.0, 10.0)

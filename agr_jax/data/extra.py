@@ -38,7 +38,7 @@ def read_extra(
 ) -> Split:
     """Reads extra training images with their labels, true ones or pseudo-labels.
 
-    An uncompressed file (`numpy.savez`) is mapped where it lies. A compressed one
+    An uncompressed file (`numpy.savez`) is memory-mapped. A compressed one
     (`numpy.savez_compressed`) is unpacked once, into the cache.
 
     Args:
@@ -155,7 +155,7 @@ def _unpacked(
     if not target.is_file():
         print(
             f"{path}: compressed; unpacking {info.file_size / 1e9:.1f} GB into {folder} "
-            "(numpy.savez makes files that are used where they lie)",
+            "(numpy.savez makes files that are memory-mapped)",
             flush=True,
         )
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from agr_jax import mesh
+from agr_jax import sharding
 from agr_jax.data.batches import epoch_permutation
 from agr_jax.data.dataset import Split
 from agr_jax.errors import DataError
@@ -80,7 +80,7 @@ class TrainingImages:
 
         Without extra images it is a permutation of the training set. With them, an epoch has as
         many steps, and sees only so much of the training set as its batches have room for, drawn
-        anew without replacement.
+        again without replacement.
 
         Args:
             key: of the permutations.
@@ -131,14 +131,14 @@ class Feed:
 
     Args:
         images: of the run.
-        on: devices that share each batch.
+        mesh: devices that share each batch.
         budget_mb: megabytes (10^6 bytes) that the images may take on each device; 0 for 30 % of
             its memory, or on CPU, where the devices share it, a quarter of the machine's.
     """
 
-    def __init__(self, images: TrainingImages, on: Mesh, *, budget_mb: int = 0) -> None:
-        self._images, self._on = images, on
-        budget = budget_mb * 10**6 or _budget(list(on.devices.flat))
+    def __init__(self, images: TrainingImages, mesh: Mesh, *, budget_mb: int = 0) -> None:
+        self._images, self._mesh = images, mesh
+        budget = budget_mb * 10**6 or _budget(list(mesh.devices.flat))
         self.on_device = images.nbytes <= budget
         self._everything: dict[str, jax.Array] = {}
         if self.on_device:
@@ -148,7 +148,7 @@ class Feed:
                 "images": pixels[0] if len(parts) == 1 else np.concatenate(pixels),
                 "labels": labels[0] if len(parts) == 1 else np.concatenate(labels),
             }
-            self._everything = jax.device_put(whole, mesh.replicated(on))
+            self._everything = jax.device_put(whole, sharding.replicated(mesh))
 
     def epoch(
         self, order: np.ndarray, batch_sizes: Sequence[int], first: int
@@ -164,7 +164,7 @@ class Feed:
             Arguments that all steps share, and those of each step.
         """
         if self.on_device:
-            permutation = jax.device_put(order, mesh.replicated(self._on))
+            permutation = jax.device_put(order, sharding.replicated(self._mesh))
             shared = {**self._everything, "permutation": permutation}
             return shared, ({"batch_size": size} for size in batch_sizes[first:])
         pieces = np.split(order, np.cumsum(batch_sizes))[: len(batch_sizes)]
@@ -173,11 +173,13 @@ class Feed:
     def _load(self, rows: np.ndarray) -> dict[str, jax.Array]:
         """A batch on its way to the devices."""
         images, labels = self._images.batch(rows)
-        return jax.device_put({"images": images, "labels": labels}, mesh.batch_sharding(self._on))
+        return jax.device_put(
+            {"images": images, "labels": labels}, sharding.batch_sharding(self._mesh)
+        )
 
     def describe(self) -> str:
         """For the first lines of a run."""
-        where = "each device" if self._on.size > 1 else "the device"
+        where = "each device" if self._mesh.size > 1 else "the device"
         size = f"{self._images.nbytes / 1e6:,.1f} MB of images"
         return f"{size} on {where}" if self.on_device else f"{size} streamed to {where}"
 

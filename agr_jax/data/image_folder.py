@@ -23,7 +23,7 @@ def read_image_folder(
     resize: Resize = "crop",
     allocate: Allocate = np.empty,
 ) -> Dataset:
-    """Reads a tree of image files; a folder's name is the class of what lies in it.
+    """Reads a tree of image files; a folder's name is the class of what is in it.
 
     Classes are the folders in `train`, sorted; images are sorted by name within a class. Files
     whose names do not end in one of `SUFFIXES`, or begin with a dot, are left out.
@@ -46,28 +46,7 @@ def read_image_folder(
         raise DataError(f"image_size must be >= 1 for an image folder, got {image_size}")
     if resize not in ("crop", "stretch"):
         raise DataError(f"resize must be 'crop' or 'stretch', got {resize!r}")
-    test = next((name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
-    if test is None or not (path / "train").is_dir():
-        raise DataError(
-            f"{path}: expected the folders train and test (or val), with a folder for each class "
-            f"in both; found {_shortened(_names(path)) if path.is_dir() else 'no such folder'}"
-        )
-    classes = [name for name in _names(path / "train") if (path / "train" / name).is_dir()]
-    if len(classes) < 2:
-        raise DataError(
-            f"{path / 'train'}: expected a folder for each of at least 2 classes, found "
-            f"{_shortened(classes)}"
-        )
-    unknown = [
-        name
-        for name in _names(path / test)
-        if (path / test / name).is_dir() and name not in classes
-    ]
-    if unknown:
-        raise DataError(
-            f"{path / test}: expected the classes of train ({_shortened(classes)}), found also "
-            f"{_shortened(unknown)}"
-        )
+    test, classes = _layout(path)
 
     def read(split: str, required: Sequence[str]) -> Split:
         files: list[str] = []
@@ -100,6 +79,37 @@ def read_image_folder(
         source=str(path),
         complete=True,
     )
+
+
+def _layout(path: Path) -> tuple[str, list[str]]:
+    """The name of the test images' folder, and the classes.
+
+    Raises:
+        DataError: another layout.
+    """
+    test = next((name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
+    if test is None or not (path / "train").is_dir():
+        raise DataError(
+            f"{path}: expected the folders train and test (or val), with a folder for each class "
+            f"in both; found {_shortened(_names(path)) if path.is_dir() else 'no such folder'}"
+        )
+    classes = [name for name in _names(path / "train") if (path / "train" / name).is_dir()]
+    if len(classes) < 2:
+        raise DataError(
+            f"{path / 'train'}: expected a folder for each of at least 2 classes, found "
+            f"{_shortened(classes)}"
+        )
+    unknown = [
+        name
+        for name in _names(path / test)
+        if (path / test / name).is_dir() and name not in classes
+    ]
+    if unknown:
+        raise DataError(
+            f"{path / test}: expected the classes of train ({_shortened(classes)}), found also "
+            f"{_shortened(unknown)}"
+        )
+    return test, classes
 
 
 def _names(folder: Path) -> list[str]:

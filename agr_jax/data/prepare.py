@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from agr_jax.data.download import DownloadError
-from agr_jax.data.official import OFFICIAL
-from agr_jax.data.sources import default_tfds_folder, find_raw_anywhere
+from agr_jax.data.sources import OFFICIAL, default_tfds_folder, find_raw_anywhere
 from agr_jax.errors import DataError, UserError
 
 

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from agr_jax.data import cache, prepared
-from agr_jax.data.cifar import read_cifar10, read_cifar100
+from agr_jax.config import Config, imported
+from agr_jax.data import cache, tfds_reader
+from agr_jax.data.cifar import CIFAR10, CIFAR100
 from agr_jax.data.dataset import Allocate, Dataset, class_balanced_subset, hold_out
 from agr_jax.data.decoding import Resize
 from agr_jax.data.digits import read_digits
 from agr_jax.data.download import DownloadError, download
 from agr_jax.data.image_folder import read_image_folder
-from agr_jax.data.official import OFFICIAL, Official, records_digest
-from agr_jax.data.tiny_imagenet import read_tiny_imagenet
-from agr_jax.errors import DataError
+from agr_jax.data.official import Official, records_digest
+from agr_jax.data.tiny_imagenet import TINY_IMAGENET
+from agr_jax.errors import ConfigError, DataError
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "image_folder"]
+OFFICIAL: dict[str, Official] = {one.name: one for one in (CIFAR10, CIFAR100, TINY_IMAGENET)}
+"""The data sets whose archives are read, by their names in configs."""
+TITLES: Mapping[str, str] = {
+    "digits": "digits",
+    **{name: official.title for name, official in OFFICIAL.items()},
+    "image_folder": "image folder",
+}
+"""All data sets: what people call them, by their names in configs."""
 _SUBFOLDERS = ("", "downloads", "downloads/manual", "manual")
 
 
 def load_dataset(
-    name: DatasetName | str,
+    name: str,
     *,
     directory: str | None = None,
     image_size: int | None = None,
@@ -80,9 +87,58 @@ def load_dataset(
     else:
         official = OFFICIAL[name]
         path = find(official, directory, may_download=may_download)
-        if name == "tiny_imagenet" and image_size is None:
-            image_size = 32
+        if len(official.image_sizes) > 1 and image_size is None:
+            image_size = official.image_sizes[0]
         dataset = _official(official, path, image_size, subset_ok, use_cache)
+    return _parts(dataset, train_examples, validation_examples, seed)
+
+
+def from_config(config: Config) -> Dataset:
+    """The data set that a config names.
+
+    Args:
+        config: settings of the run; `config.data.name` is a name of `load_dataset`, or
+            `MODULE:FUNCTION` of your own, called with the config, which returns a `Dataset`. What
+            of `config.data` it respects is its own affair, but for the examples that are held out
+            or left out, which are taken from what it returns.
+
+    Raises:
+        ConfigError: if the function of your own cannot be imported, or returns no `Dataset`.
+        DataError: as `load_dataset`.
+    """
+    data = config.data
+    if imported.is_imported(data.name):
+        made = imported.function("config.data.name", data.name)(config)
+        if not isinstance(made, Dataset):
+            raise ConfigError(
+                f"config.data.name: {data.name} must return an agr_jax.data.Dataset, got "
+                f"{type(made).__name__}"
+            )
+        digests = made.digests or _digests(made)
+        return _parts(
+            dataclasses.replace(made, digests=digests),
+            data.train_examples or None,
+            data.validation_examples,
+            config.seed,
+        )
+    return load_dataset(
+        data.name,
+        directory=data.dir or None,
+        image_size=data.image_size or None,
+        resize=data.resize,
+        subset_ok=data.subset_ok,
+        train_examples=data.train_examples or None,
+        validation_examples=data.validation_examples,
+        seed=config.seed,
+        may_download=data.download,
+        use_cache=data.cache,
+    )
+
+
+def _parts(
+    dataset: Dataset, train_examples: int | None, validation_examples: int, seed: int
+) -> Dataset:
+    """The data set with examples held out, and then with others left out."""
     if validation_examples:
         with _named("validation_examples"):
             rest, held_out = hold_out(
@@ -102,17 +158,18 @@ def load_dataset(
 def _check_arguments(
     name: str, directory: str | None, image_size: int | None, validation_examples: int
 ) -> None:
-    names = ("digits", *OFFICIAL, "image_folder")
-    if name not in names:
-        raise DataError(f"unknown data set {name!r}: expected {', '.join(names)}")
+    if name not in TITLES:
+        raise DataError(f"unknown data set {name!r}: expected {', '.join(TITLES)}")
     if name == "image_folder":
         if directory is None:
             raise DataError("image_folder: dir must name the folder that holds train and test")
         if not image_size:
             raise DataError("image_folder: image_size must be given, in pixels")
-    elif image_size is not None and name != "tiny_imagenet":
+    elif image_size is not None and (name not in OFFICIAL or len(OFFICIAL[name].image_sizes) == 1):
+        resized = [other for other, official in OFFICIAL.items() if len(official.image_sizes) > 1]
         raise DataError(
-            f"image_size={image_size} is for tiny_imagenet and image_folder only, not for {name}"
+            f"image_size={image_size} is for {', '.join(resized)} and image_folder only, not for "
+            f"{name}"
         )
     if validation_examples < 0:
         raise DataError(f"validation_examples must be >= 0, got {validation_examples}")
@@ -122,13 +179,10 @@ def _official(
     official: Official, path: Path, image_size: int | None, subset_ok: bool, use_cache: bool
 ) -> Dataset:
     def build(allocate: Allocate) -> Dataset:
-        if prepared.is_prepared(path):
-            dataset = prepared.read_prepared(path, official, image_size=image_size)
-        elif official.name == "tiny_imagenet":
-            assert image_size is not None
-            dataset = read_tiny_imagenet(path, image_size=image_size, allocate=allocate)
+        if tfds_reader.is_prepared(path):
+            dataset = tfds_reader.read_prepared(path, official, image_size=image_size)
         else:
-            dataset = {"cifar10": read_cifar10, "cifar100": read_cifar100}[official.name](path)
+            dataset = official.read(path, image_size or official.image_sizes[0], allocate)
         digests = _digests(dataset)
         differing = [split for split, d in official.digests.items() if digests[split] != d]
         if dataset.complete and differing:
@@ -219,9 +273,9 @@ def find(official: Official, directory: str | None, *, may_download: bool = Fals
     for base in _bases(directory):
         found = find_raw(official, base)
         if found is None:
-            found = base if prepared.is_prepared(base) else None
+            found = base if tfds_reader.is_prepared(base) else None
         if found is None:
-            found = prepared.find_prepared(base, official.name)
+            found = tfds_reader.find_prepared(base, official.name)
         if found is not None:
             return found
         for place in (base / subfolder for subfolder in _SUBFOLDERS):

@@ -18,10 +18,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from agr_jax.data import tiny_imagenet
-from agr_jax.data.cifar import read_cifar10, read_cifar100, read_coarse_labels
+from agr_jax.data.cifar import (
+    CIFAR10,
+    CIFAR100,
+    read_cifar10,
+    read_cifar100,
+    read_coarse_labels,
+)
 from agr_jax.data.dataset import Dataset
 from agr_jax.data.download import download
-from agr_jax.data.official import OFFICIAL, Official
+from agr_jax.data.official import Official
 from agr_jax.data.sources import find_raw
 from agr_jax.errors import DataError
 
@@ -33,12 +39,12 @@ class _OfficialBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Reads the official archive or folder, from the manual folder or else downloaded.
 
     Args:
-        source: the official archive or folder, where it lies elsewhere.
+        source: the official archive or folder, where it is stored elsewhere.
         **options: of every TFDS builder, such as `data_dir`.
     """
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "The official archive is downloaded, unless it lies in the manual folder already."
+        "The official archive is downloaded, unless it is in the manual folder already."
     )
     official: Official
     # Known to `official`. TFDS would look for a file beside this one, and for that needs a package
@@ -76,7 +82,7 @@ class Cifar10(_OfficialBuilder, skip_registration=True):  # type: ignore[call-ar
     """CIFAR-10, as TFDS's `cifar10`."""
 
     name = "cifar10"
-    official = OFFICIAL["cifar10"]
+    official = CIFAR10
     VERSION = tfds.core.Version("3.0.2")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -96,7 +102,7 @@ class Cifar100(_OfficialBuilder, skip_registration=True):  # type: ignore[call-a
     """CIFAR-100, as TFDS's `cifar100`: with the 20 coarse labels beside the 100 fine ones."""
 
     name = "cifar100"
-    official = OFFICIAL["cifar100"]
+    official = CIFAR100
     VERSION = tfds.core.Version("3.0.2")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -127,7 +133,7 @@ class TinyImagenet(_OfficialBuilder):
     """
 
     name = "tiny_imagenet"
-    official = OFFICIAL["tiny_imagenet"]
+    official = tiny_imagenet.TINY_IMAGENET
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -11,13 +11,28 @@ import numpy as np
 from agr_jax.data.archives import ZipMembers
 from agr_jax.data.dataset import Allocate, Dataset, Split
 from agr_jax.data.decoding import decode_all
+from agr_jax.data.official import Official
 from agr_jax.errors import DataError
 
-_FOLDER = "tiny-imagenet-200"
-_NATIVE_SIZE = 64
-_CLASSES = 200
-_TRAIN_PER_CLASS = 500
-_TEST_EXAMPLES = 10_000
+# The archive's checksum is the one that its PyTorch loaders check. There are no digests of records
+# yet: they can only be taken from the whole set.
+TINY_IMAGENET = Official(
+    name="tiny_imagenet",
+    title="Tiny ImageNet",
+    folder="tiny-imagenet-200",
+    marker="wnids.txt",
+    archive="tiny-imagenet-200.zip",
+    archive_bytes=248_100_043,
+    checksum="md5:90528d7ca1a48142e341f4ef8d21d0de",
+    address="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    sizes=(100_000, 10_000),
+    classes=200,
+    side=64,
+    read=lambda path, image_size, allocate: read_tiny_imagenet(
+        path, image_size=image_size, allocate=allocate
+    ),
+    image_sizes=(32, 64),  # 32 as in AGR's published code
+)
 _MEMBER_LIMIT = 16 * 2**20
 _TOTAL_LIMIT = 2 * 2**30
 
@@ -52,7 +67,7 @@ class _ZipTree:
         self._members = members
         self._listings: dict[str, list[str]] = {}
         for name in members.names:
-            folder, _, file = name.removeprefix(f"{_FOLDER}/").rpartition("/")
+            folder, _, file = name.removeprefix(f"{TINY_IMAGENET.folder}/").rpartition("/")
             if _is_jpeg(file):
                 self._listings.setdefault(folder, []).append(file)
 
@@ -60,7 +75,7 @@ class _ZipTree:
         return sorted(self._listings.get(folder, []))
 
     def read(self, name: str) -> bytes:
-        return self._members.read(f"{_FOLDER}/{name}")
+        return self._members.read(f"{TINY_IMAGENET.folder}/{name}")
 
 
 def read_tiny_imagenet(
@@ -83,23 +98,24 @@ def read_tiny_imagenet(
     Raises:
         DataError: missing or damaged, or Pillow is not installed.
     """
-    if image_size not in (32, _NATIVE_SIZE):
+    if image_size not in TINY_IMAGENET.image_sizes:
         raise DataError(f"tiny_imagenet: image_size must be 32 or 64, got {image_size}")
     path = Path(path)
     with _open_tree(path) as tree:
         class_names, files = _listed(path, tree)
         train = _decode(path, tree, files["train"], image_size, allocate)
         test = _decode(path, tree, files["test"], image_size, allocate)
+    of_train, of_test = TINY_IMAGENET.sizes
     per_class = np.bincount(train.labels, minlength=len(class_names))
     return Dataset(
-        name="Tiny ImageNet",
+        name=TINY_IMAGENET.title,
         class_names=class_names,
         train=train,
         test=test,
         validation=None,
         source=str(path),
-        complete=per_class.tolist() == [_TRAIN_PER_CLASS] * _CLASSES
-        and len(test) == _TEST_EXAMPLES,
+        complete=per_class.tolist() == [of_train // TINY_IMAGENET.classes] * TINY_IMAGENET.classes
+        and len(test) == of_test,
     )
 
 
@@ -189,7 +205,7 @@ def _decode(
 ) -> Split:
     images = allocate((len(files), image_size, image_size, 3), np.uint8)
     names = [name for name, _ in files]
-    decode_all(names, tree.read, images, source=str(path), native_size=_NATIVE_SIZE)
+    decode_all(names, tree.read, images, source=str(path), native_size=TINY_IMAGENET.side)
     return Split(images, np.array([label for _, label in files], np.int32))
 
 

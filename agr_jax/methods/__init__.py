@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-import functools
+import warnings
+from typing import Any
 
-from agr_jax import losses, own_code
-from agr_jax.attacks import PGD
-from agr_jax.config import AttackConfig, Config
+from agr_jax.config import Config, imported
 from agr_jax.errors import ConfigError
+from agr_jax.methods._training_attack import (
+    divergence_from,
+    threat_model,
+    training_attack,
+    validation_attack,
+)
 from agr_jax.methods.at import AdversarialTraining
 from agr_jax.methods.avmixup import AVmixup
 from agr_jax.methods.awp import AdversarialWeightPerturbation
 from agr_jax.methods.mart import MART
-from agr_jax.methods.objective import Batch, Forward, Method, Outcome
+from agr_jax.methods.method import Batch, Forward, LossOutcome, Method
 from agr_jax.methods.standard import StandardTraining
-from agr_jax.methods.trades import TRADES, divergence_from
-from agr_jax.threat import L1, L2, Linf, ThreatModel
+from agr_jax.methods.trades import TRADES
 
 __all__ = [
     "MART",
+    "METHODS",
     "TRADES",
     "AVmixup",
     "AdversarialTraining",
     "AdversarialWeightPerturbation",
     "Batch",
     "Forward",
+    "LossOutcome",
     "Method",
-    "Outcome",
     "StandardTraining",
+    "divergence_from",
     "from_config",
     "threat_model",
+    "title",
     "training_attack",
     "validation_attack",
 ]
+
+METHODS: dict[str, type[Method]] = {
+    "standard": StandardTraining,
+    "at": AdversarialTraining,
+    "trades": TRADES,
+    "mart": MART,
+    "avmixup": AVmixup,
+}
+"""The classes by their names in `config.method`."""
 
 
 def from_config(config: Config, epoch: int | None = None) -> Method:
@@ -46,7 +62,17 @@ def from_config(config: Config, epoch: int | None = None) -> Method:
     Raises:
         ConfigError: if `config.method` is neither a known name nor `MODULE:FUNCTION` of your own.
     """
-    method = _without_perturbation(config)
+    if imported.is_imported(config.method):
+        method = imported.constant("config.method", config.method, config)
+        if not isinstance(method, Method):
+            raise ConfigError(
+                f"config.method: {config.method} must return an agr_jax.methods.Method, "
+                f"got {type(method).__name__}"
+            )
+    elif config.method in METHODS:
+        method = METHODS[config.method].from_config(config)
+    else:
+        raise ConfigError(f"config.method: no such method {config.method!r}")
     awp = config.awp
     if awp.enabled and (epoch is None or epoch >= awp.start_epoch):
         try:
@@ -58,88 +84,18 @@ def from_config(config: Config, epoch: int | None = None) -> Method:
     return method
 
 
-def _without_perturbation(config: Config) -> Method:
-    attack = training_attack(config.attack)
-    smoothing = config.label_smoothing
-    published = config.batch_stats == "published"
-    if ":" in config.method:
-        return _imported(config)
-    if config.method == "standard":
-        return StandardTraining(label_smoothing=smoothing)
-    if config.method == "at":
-        return AdversarialTraining(attack, label_smoothing=smoothing)
-    if config.method == "trades":
-        return TRADES(attack, beta=config.trades.beta, label_smoothing=smoothing)
-    if config.method == "mart":
-        return MART(
-            attack,
-            beta=config.mart.beta,
-            published_statistics=published,
-            label_smoothing=smoothing,
+def title(name: str) -> str:
+    """What tables call a method, by its name in a config; `awp` is AWP on top of any."""
+    titles = {"awp": AdversarialWeightPerturbation.title}
+    titles |= {known: method.title for known, method in METHODS.items()}
+    return titles.get(name, name)
+
+
+def __getattr__(name: str) -> Any:
+    """Names of before."""
+    if name == "Outcome":
+        warnings.warn(
+            "methods.Outcome is methods.LossOutcome now", DeprecationWarning, stacklevel=2
         )
-    if config.method == "avmixup":
-        return AVmixup(
-            attack,
-            gamma=config.avmixup.gamma,
-            clean_label=config.avmixup.clean_label,
-            vertex_label=config.avmixup.vertex_label,
-            hard_labels=config.avmixup.hard_labels,
-            published_statistics=published,
-            label_smoothing=smoothing,
-        )
-    raise ConfigError(f"config.method: no such method {config.method!r}")
-
-
-@functools.lru_cache(maxsize=8)
-def _imported(config: Config) -> Method:
-    """Made once for a config: those of two calls need not be equal, and each would be compiled."""
-    method = own_code.call("config.method", config.method, config)
-    if not isinstance(method, Method):
-        raise ConfigError(
-            f"config.method: {config.method} must return an agr_jax.methods.Method, "
-            f"got {type(method).__name__}"
-        )
-    return method
-
-
-def training_attack(config: AttackConfig) -> PGD:
-    """The attack inside training.
-
-    Raises:
-        ConfigError: if it is to start in two ways.
-    """
-    if config.random_start and config.start_noise:
-        raise ConfigError(
-            f"config.attack.start_noise: {config.start_noise} needs config.attack.random_start="
-            "False: an attack starts at a random point of the ball, or near the image"
-        )
-    from_clean = config.objective == "kl"
-    return PGD(
-        threat_model(config),
-        steps=config.steps,
-        step_size=config.step_size,
-        random_start=config.random_start,
-        loss=divergence_from if from_clean else losses.cross_entropy,
-        targets="clean_logits" if from_clean else "labels",
-        start_noise=config.start_noise,
-        box_every_step=config.box_every_step,
-    )
-
-
-def validation_attack(config: AttackConfig) -> PGD:
-    """The same ball and steps, on the cross-entropy, from a random start: the same for all methods.
-
-    It selects the best checkpoint, so it must not depend on what a method trains against.
-    """
-    return PGD(
-        threat_model(config),
-        steps=config.steps,
-        step_size=config.step_size,
-        box_every_step=config.box_every_step,
-    )
-
-
-def threat_model(config: AttackConfig) -> ThreatModel:
-    """The ball in which a run trains and is evaluated."""
-    threats: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
-    return threats[config.norm](config.epsilon)
+        return LossOutcome
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from agr_jax.attacks import PGD, LogitsFn
-from agr_jax.methods.objective import Batch, Forward, Method, Outcome
+from agr_jax.methods.method import Batch, Forward, LossOutcome, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,10 @@ class AdversarialTraining(Method):
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
     ICLR 2018.
+    https://arxiv.org/abs/1706.06083
     """
 
+    title: ClassVar[str] = "AT"
     attack: PGD
 
     def adversarial_images(
@@ -32,7 +34,7 @@ class AdversarialTraining(Method):
 
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """Cross-entropy of the adversarial images."""
         return self.mean_cross_entropy(
             forward, params, batch_stats, batch.adversarial, batch.labels

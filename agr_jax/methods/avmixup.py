@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from agr_jax import losses
 from agr_jax.attacks import PGD
 from agr_jax.methods.at import AdversarialTraining
-from agr_jax.methods.objective import Batch, Forward, Outcome
+from agr_jax.methods.method import Batch, Forward, LossOutcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,10 @@ class AVmixup(AdversarialTraining):
 
     Source: Lee et al., "Adversarial Vertex Mixup: Toward Better Adversarially Robust
     Generalization", CVPR 2020, section 4.
+    https://arxiv.org/abs/2003.02484
     """
 
+    title: ClassVar[str] = "AVmixup"
     attack: PGD
     gamma: float = 2.0
     clean_label: float = 1.0
@@ -45,7 +47,7 @@ class AVmixup(AdversarialTraining):
 
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """Mean cross-entropy at the mixed points.
 
         Soft targets have an entropy, below which it cannot fall; what is above that is reported as
@@ -57,11 +59,11 @@ class AVmixup(AdversarialTraining):
         logits, batch_stats = forward(params, batch_stats, images)
         if self.hard_labels:
             loss = losses.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-            return loss.mean(), Outcome(logits, batch_stats)
+            return loss.mean(), LossOutcome(logits, batch_stats)
         targets = self.mixed_labels(batch, logits.shape[-1])
         loss = losses.soft_cross_entropy(logits, targets)
         divergence = loss - jax.scipy.special.entr(targets).sum(-1)
-        return loss.mean(), Outcome(logits, batch_stats, {"avmixup_kl": divergence.mean()})
+        return loss.mean(), LossOutcome(logits, batch_stats, {"avmixup_kl": divergence.mean()})
 
     def clean_share(self, batch: Batch) -> jax.Array:
         """u, `[batch]`: the share of the image itself in the mixture, Beta(1, 1) = U(0, 1).

@@ -7,13 +7,13 @@ first.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from agr_jax.attacks import LogitsFn
-from agr_jax.methods.objective import Batch, Forward, Method, Outcome
+from agr_jax.methods.method import Batch, Forward, LossOutcome, Method
 
 CleanGradientAt = Literal["unperturbed", "perturbed"]
 
@@ -35,8 +35,10 @@ class AdversarialWeightPerturbation(Method):
 
     Source: Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020,
     section 4.
+    https://arxiv.org/abs/2004.05884
     """
 
+    title: ClassVar[str] = "AWP"
     method: Method
     gamma: float = 0.01
     clean_gradient_at: CleanGradientAt = "unperturbed"
@@ -45,7 +47,7 @@ class AdversarialWeightPerturbation(Method):
         if type(self.method).gradient_points is not Method.gradient_points:
             raise ValueError(
                 f"{type(self.method).__name__} says itself where its gradients are taken "
-                "(gradient_points): AWP would not heed it"
+                "(gradient_points): AWP would not respect it"
             )
         if self.label_smoothing:
             raise ValueError(
@@ -65,13 +67,13 @@ class AdversarialWeightPerturbation(Method):
 
     def clean_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """The method's own."""
         return self.method.clean_loss(forward, params, batch_stats, batch)
 
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """The method's own."""
         return self.method.adversarial_loss(forward, params, batch_stats, batch)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from agr_jax import losses
 from agr_jax.attacks import PGD
 from agr_jax.methods.at import AdversarialTraining
-from agr_jax.methods.objective import Batch, Forward, Outcome
+from agr_jax.methods.method import Batch, Forward, LossOutcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,14 @@ class MART(AdversarialTraining):
     Examples", ICLR 2020, equation 11.
     """
 
+    title: ClassVar[str] = "MART"
     attack: PGD
     beta: float = 6.0
     published_statistics: bool = False
 
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """The whole loss; its parts are reported as `mart_bce` and `mart_kl` (without beta)."""
         clean_logits, after_clean = forward(params, batch_stats, batch.images)
         if self.published_statistics:
@@ -49,4 +50,4 @@ class MART(AdversarialTraining):
         ).mean()
         divergence = losses.weighted_kl_divergence(clean_logits, logits, batch.labels).mean()
         terms = {"mart_bce": boosted, "mart_kl": divergence}
-        return boosted + self.beta * divergence, Outcome(logits, batch_stats, terms)
+        return boosted + self.beta * divergence, LossOutcome(logits, batch_stats, terms)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from agr_jax import losses
 from agr_jax.attacks import PGD
 from agr_jax.methods.at import AdversarialTraining
-from agr_jax.methods.objective import Batch, Forward, Outcome
-
-
-def divergence_from(logits: jax.Array, clean_logits: jax.Array) -> jax.Array:
-    """KL(clean prediction || prediction), which the attack of TRADES raises."""
-    return losses.kl_divergence(clean_logits, logits)
+from agr_jax.methods.method import Batch, Forward, LossOutcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +28,16 @@ class TRADES(AdversarialTraining):
 
     Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy",
     ICML 2019, equation 5.
+    https://arxiv.org/abs/1901.08573
     """
 
+    title: ClassVar[str] = "TRADES"
     attack: PGD
     beta: float = 6.0
 
     def adversarial_loss(
         self, forward: Forward, params: Any, batch_stats: Any, batch: Batch
-    ) -> tuple[jax.Array, Outcome]:
+    ) -> tuple[jax.Array, LossOutcome]:
         """The whole loss; its parts are reported as `trades_cross_entropy` and `trades_kl`."""
         clean_logits, _ = forward(params, batch_stats, batch.images)
         logits, batch_stats = forward(params, batch_stats, batch.adversarial)
@@ -49,4 +46,4 @@ class TRADES(AdversarialTraining):
         ).mean()
         divergence = losses.kl_divergence(clean_logits, logits).mean()
         terms = {"trades_cross_entropy": cross_entropy, "trades_kl": divergence}
-        return cross_entropy + self.beta * divergence, Outcome(logits, batch_stats, terms)
+        return cross_entropy + self.beta * divergence, LossOutcome(logits, batch_stats, terms)

@@ -35,6 +35,7 @@ class PreActResNet(nn.Module):
     Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, as adversarial
     training uses it (batch normalisation and ReLU before the pooling); the variant: the code of
     Gowal et al., "Uncovering the Limits of Adversarial Training", 2020.
+    https://arxiv.org/abs/1603.05027, https://arxiv.org/abs/2010.03593
     """
 
     num_classes: int

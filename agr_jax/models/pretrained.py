@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from agr_jax.models._create import create
+from agr_jax.models.classifier import Classifier
+from agr_jax.models.convolution import Implementation
+
 _FOLDER = "weights"
 
 
@@ -39,6 +43,41 @@ def read_pretrained(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     ):
         flat = {key: jnp.asarray(file[key]) for key in file.files}
     return traverse_util.unflatten_dict(flat, sep="/"), record
+
+
+def load_pretrained(name: str, *, conv: Implementation | None = None) -> Classifier:
+    """A small trained network that comes with this package; see `docs/experiments.md`.
+
+    Args:
+        name: one of `pretrained_names()`: `"cifar10-width16-at"`, `"cifar10-width16-agr"` and
+            `"cifar10-width16-best"`, PreAct-ResNet-18 of width 16 trained on 10,000 images, whose
+            evaluations are stored beside the weights.
+        conv: as `create`.
+
+    Returns:
+        A classifier of images in [0, 1], `[batch, 32, 32, 3]`, with the normalisation inside.
+
+    Raises:
+        ValueError: on an unknown name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from agr_jax import models
+        >>> classifier = models.load_pretrained("cifar10-width16-at")
+        >>> classifier(jnp.zeros([2, 32, 32, 3])).shape
+        (2, 10)
+    """
+    variables, record = read_pretrained(name)
+    settings = record["model"]
+    model = create(
+        settings["name"],
+        settings["num_classes"],
+        width=settings["width"],
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        conv=conv,
+    )
+    return Classifier(model, variables)
 
 
 def save_pretrained(

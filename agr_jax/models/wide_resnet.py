@@ -34,6 +34,7 @@ class WideResNet(nn.Module):
 
     Source: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, as TRADES uses it; the
     variant: Gowal et al., "Uncovering the Limits of Adversarial Training", 2020.
+    https://arxiv.org/abs/2010.03593, https://arxiv.org/abs/1605.07146
     """
 
     num_classes: int

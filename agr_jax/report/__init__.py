@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agr_jax.metrics import write_atomically
+from agr_jax.files import write_atomically
 from agr_jax.report import comparison, figures, page, tables
 from agr_jax.report.run_records import RunRecord, read_runs
 

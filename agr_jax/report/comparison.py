@@ -146,7 +146,7 @@ def _fixed(family: Mapping[str, RunRecord], arm: str) -> RunRecord | None:
 
 
 def _above_the_line(family: Mapping[str, RunRecord], arm: str) -> str:
-    """How far an arm's `fast` lies above the line through fixed tau at its clean accuracy.
+    """How far an arm's `fast` is above the line through fixed tau at its clean accuracy.
 
     Choosing between two networks by chance reaches the line between their points. AT + clip stands
     for tau 1. Behind it, where the records have them, the standard error over the images of `fast`:

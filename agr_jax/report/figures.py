@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from agr_jax import methods
 from agr_jax.report.page import Picture
 from agr_jax.report.paired import mean_and_deviation
-from agr_jax.report.run_records import METHOD_TITLES, RunRecord, read_diagnostics
+from agr_jax.report.run_records import RunRecord, read_diagnostics
 from agr_jax.report.tables import arm_order, complete
 
 # Okabe and Ito's palette, safe for the colour-blind; line styles differ too.
@@ -44,7 +45,7 @@ def draw(name: str, runs: Sequence[RunRecord]) -> Picture | None:
     files = []
     for kind, metadata in (("svg", {"Date": None}), ("png", {})):
         stream = io.BytesIO()
-        with rc_context({"svg.hashsalt": name}):  # else names within the file are drawn by lot
+        with rc_context({"svg.hashsalt": name}):  # else names within the file are random
             figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
         files.append(stream.getvalue())
     return Picture(name, caption, *files)
@@ -227,7 +228,7 @@ def _taus(figure: Any, runs: Sequence[RunRecord]) -> str | None:
     axes.set(xlabel="tau, share of the adversarial gradient", ylabel="accuracy, %")
     axes.legend()
     first = found[0]
-    method = METHOD_TITLES.get(first.method, first.method)
+    method = methods.title(first.method)
     return (
         f"{method}, {first.setting}, seed {first.config.seed}; the lines are AGR's cosine (GICS)."
     )

@@ -42,7 +42,7 @@ class Section:
 
 
 def markdown(title: str, sections: list[Section]) -> str:
-    """The page as Markdown; pictures lie beside it."""
+    """The page as Markdown; pictures are files beside it."""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.title}")

@@ -10,27 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from agr_jax import diagnostics, evaluation_records, run_folder
-from agr_jax.config import Config
-from agr_jax.errors import UserError
-from agr_jax.image_masks import decode_mask
-from agr_jax.metrics import read_json_lines
+from agr_jax import diagnostics, methods
+from agr_jax.attacks import named
+from agr_jax.config import AveragingConfig, Config
+from agr_jax.data.sources import TITLES
+from agr_jax.errors import RunFolderError, UserError
+from agr_jax.evaluation import record_files
+from agr_jax.evaluation.packed_bits import decode_mask
+from agr_jax.files import read_json_lines
+from agr_jax.runs.folder import DIAGNOSTICS, EVALUATIONS, MEASUREMENTS, METRICS, read_config
 
-DATA_TITLES = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "tiny_imagenet": "Tiny ImageNet",
-    "digits": "digits",
-    "image_folder": "image folder",
-}
-METHOD_TITLES = {
-    "standard": "standard",
-    "at": "AT",
-    "trades": "TRADES",
-    "mart": "MART",
-    "awp": "AWP",
-    "avmixup": "AVmixup",
-}
 ARM_TITLES = {
     "off": "",
     "agr": "+ AGR",
@@ -144,7 +133,7 @@ class RunRecord:
     @property
     def title(self) -> str:
         """Of its row in a table."""
-        method = METHOD_TITLES.get(self.method, self.method)
+        method = methods.title(self.method)
         return f"{method} {arm_title(self.arm)}".strip()
 
     @property
@@ -155,7 +144,7 @@ class RunRecord:
         images = config.data.train_examples
         drawn = f", {images:,} training images" if images else ""
         return (
-            f"{DATA_TITLES.get(config.data.name, config.data.name)}, {config.model.name}{width}"
+            f"{TITLES.get(config.data.name, config.data.name)}, {config.model.name}{width}"
             f"{drawn}, {config.epochs} epochs"
         )
 
@@ -177,7 +166,7 @@ def read_runs(root: Path) -> tuple[list[RunRecord], dict[str, str]]:
         RunFolderError: if there is no such folder.
     """
     if not root.is_dir():
-        raise run_folder.RunFolderError(f"{root}: expected a folder of runs, found none")
+        raise RunFolderError(f"{root}: expected a folder of runs, found none")
     runs: list[RunRecord] = []
     problems: dict[str, str] = {}
     for path in sorted(p for p in root.iterdir() if p.is_dir() and p.name != "report"):
@@ -199,26 +188,26 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RunFolderError: if it is no run folder, or its config cannot be read.
     """
-    config = run_folder.read_config(folder)
-    path = run_folder.metrics_path(folder)
+    config = read_config(folder)
+    path = folder / METRICS
     metrics = read_json_lines(path) if path.is_file() else []
     last = max((record.get("epoch", 0) for record in metrics), default=0)
     attacks: dict[str, Found] = {}
     devices = set()
-    for path in sorted(run_folder.evaluations_path(folder).glob(f"{_which(config)}*.json")):
+    for path in sorted((folder / EVALUATIONS).glob(f"{_which(config.averaging)}*.json")):
         record = _read_json(path)
         if record is None or record.get("epoch") != last:
             continue
         environment = record.get("environment")
         if isinstance(environment, dict):
             devices.add(str(environment.get("device", "")))
-        for result in evaluation_records.results(record, config, {"epoch": last}):
+        for result in record_files.results(record, named.maker(config), {"epoch": last}):
             new = None if result.reason else _found(record, result.entry, path)
             # More images are better than fewer.
             if new is not None and new.examples >= getattr(attacks.get(result.name), "examples", 0):
                 attacks[result.name] = new
     measurements = {}
-    for path in sorted(run_folder.measurements_path(folder).glob("*.json")):
+    for path in sorted((folder / MEASUREMENTS).glob("*.json")):
         measured = _read_json(path)
         if measured is not None and not _unusable(path.stem, measured, last):
             measurements[path.stem] = measured
@@ -228,7 +217,7 @@ def read_run(folder: Path) -> RunRecord:
 
 def read_diagnostics(record: RunRecord) -> diagnostics.LeafDiagnostics | None:
     """What AGR saw in each step, where the run has kept it."""
-    if not run_folder.diagnostics_path(record.folder).is_dir():
+    if not (record.folder / DIAGNOSTICS).is_dir():
         return None
     try:
         return diagnostics.read(record.folder)
@@ -242,7 +231,7 @@ def _found(record: dict[str, Any], found: Any, path: Path) -> Found | None:
         correct = None
         if "correct_images" in found:
             correct = decode_mask(found["correct_images"], examples)
-        selection = evaluation_records.selection(record, path)
+        selection = record_files.selection(record, path)
         return Found(float(found["accuracy"]), examples, correct, path.name, selection)
     except (KeyError, TypeError, ValueError):
         return None
@@ -260,8 +249,8 @@ def _problems_within(record: RunRecord) -> dict[str, str]:
     """Files of a run that cannot be read, or are of another epoch."""
     found = {}
     for folder in (
-        run_folder.evaluations_path(record.folder),
-        run_folder.measurements_path(record.folder),
+        record.folder / EVALUATIONS,
+        record.folder / MEASUREMENTS,
     ):
         for path in sorted(folder.glob("*.json")):
             values = _read_json(path)
@@ -269,7 +258,7 @@ def _problems_within(record: RunRecord) -> dict[str, str]:
                 found[f"{folder.name}/{path.name}"] = "damaged: not JSON"
                 continue
             problem = None
-            used = path.stem.startswith(_which(record.config))
+            used = path.stem.startswith(_which(record.config.averaging))
             if folder.name == "measurements" or used or path.stem.startswith("last"):
                 problem = _unusable(path.stem, values, record.epochs)
             if problem:
@@ -283,8 +272,9 @@ def _problems_within(record: RunRecord) -> dict[str, str]:
 def _other_evaluations(path: Path, values: dict[str, Any], record: RunRecord) -> Mapping[str, str]:
     """Attacks that a file holds, but of another evaluation, with the reasons."""
     found = {}
-    for group in (values, *evaluation_records.earlier_groups(values)):
-        for result in evaluation_records.results(group, record.config, {"epoch": record.epochs}):
+    meant = named.maker(record.config)
+    for group in (values, *record_files.earlier_groups(values)):
+        for result in record_files.results(group, meant, {"epoch": record.epochs}):
             reason = result.reason
             if group is not values and isinstance(result.entry, Mapping):
                 reason = str(result.entry.get("reason", reason))
@@ -295,9 +285,9 @@ def _other_evaluations(path: Path, values: dict[str, Any], record: RunRecord) ->
     return found
 
 
-def _which(config: Config) -> str:
+def _which(config: AveragingConfig) -> str:
     """The checkpoint that stands for a run: with its moving average where one is kept."""
-    return "average" if config.averaging.decay else "last"
+    return "average" if config.decay else "last"
 
 
 def _unusable(name: str, values: Mapping[str, Any], epochs: int) -> str | None:

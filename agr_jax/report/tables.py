@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from agr_jax import methods
 from agr_jax.attacks import named
 from agr_jax.config import to_dict
+from agr_jax.data import sources
 from agr_jax.report import paper_numbers
 from agr_jax.report.page import Table
 from agr_jax.report.paired import percent
 from agr_jax.report.run_records import (
-    DATA_TITLES,
-    METHOD_TITLES,
     Found,
     RunRecord,
     arm_title,
@@ -130,7 +130,7 @@ def _row(
             mark = " (fast)"
         cells.append(_cell(found, len(group), mark, paper.get(column)))
     extra = [_gop_frequency(group)] if name == "table3" else []
-    title = f"{METHOD_TITLES.get(method, method)} {arm_title(arm)}".strip()
+    title = f"{methods.title(method)} {arm_title(arm)}".strip()
     return (title, *cells, *extra, str(len(group)) if len(group) > 1 else group[0].name)
 
 
@@ -173,7 +173,7 @@ def _model_of(group: Sequence[RunRecord]) -> str:
 
 def _by_method_and_arm(item: tuple[_Key, list[RunRecord]]) -> tuple[str, int, str]:
     (_, data, method, arm), _ = item
-    order = list(METHOD_TITLES)
+    order = [*methods.METHODS, "awp"]
     return data, order.index(method) if method in order else len(order), arm_order(arm)
 
 
@@ -196,10 +196,10 @@ def _missing(name: str, present: set[tuple[str, str, str, str]]) -> tuple[tuple[
                         continue
                     paper = paper_numbers.reported(name, data, model, method, arm)
                     hours = paper_numbers.device_hours(data, model, arm)
-                    title = f"{METHOD_TITLES[method]} {arm_title(arm)}".strip()
+                    title = f"{methods.title(method)} {arm_title(arm)}".strip()
                     rows.append(
                         (
-                            f"{DATA_TITLES[data]}, {model}: {title}",
+                            f"{sources.TITLES[data]}, {model}: {title}",
                             *(f"[{paper[c]:.2f}]" if c in paper else "not run" for c in columns),
                             f"{hours:.0f} device-hours",
                         )

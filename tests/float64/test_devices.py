@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from agr_jax import agr_transform, mesh, models
+from agr_jax import agr_transform, models, sharding
 from agr_jax.attacks import pgd
 from agr_jax.data import Augmentation
 from agr_jax.methods import AdversarialTraining
 from agr_jax.models.convolution import default_implementation
 from agr_jax.threat import Linf
-from agr_jax.train_step import Trainer
+from agr_jax.training.step import Trainer
 
 STEPS, BATCH = 10, 16
 
@@ -40,7 +40,7 @@ def trainer_on(devices):
         batch_size=BATCH,
         steps_per_epoch=4,
         batch_stats="clean_then_adversarial",
-        on=mesh.data_mesh(jax.devices()[:devices]),
+        mesh=sharding.data_mesh(jax.devices()[:devices]),
     )
 
 
@@ -63,7 +63,7 @@ def trained(initial):
     @functools.cache
     def run(devices, clean_gradient):
         trainer = trainer_on(devices)
-        state, arguments = jax.device_put((initial, data), mesh.replicated(trainer.on))
+        state, arguments = jax.device_put((initial, data), sharding.replicated(trainer.mesh))
         step = jax.jit(trainer.step, static_argnames=("clean_gradient", "batch_size"))
         history = []
         for _ in range(STEPS):
@@ -86,6 +86,7 @@ def difference(tree, other):
     return apart / norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clean_gradient", "devices"),
     [
@@ -112,6 +113,7 @@ def test_ten_steps_agree(trained, devices, clean_gradient):
             np.testing.assert_allclose(other_metrics[name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_run_exercises_what_it_compares(trained, initial):
     history = trained(1, True)
     last, _ = history[-1]

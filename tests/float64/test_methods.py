@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from agr_jax import mesh
+from agr_jax import sharding
 from agr_jax.attacks import PGD
 from agr_jax.data import Augmentation
 from agr_jax.methods import (
@@ -25,7 +25,7 @@ from agr_jax.methods import (
     Batch,
 )
 from agr_jax.threat import Linf
-from agr_jax.train_step import Trainer, TrainState
+from agr_jax.training.step import Trainer, TrainState
 
 PIXELS, HIDDEN, CLASSES, BATCH = 12, 7, 5, 9
 ATTACK = PGD(Linf(0.1))
@@ -305,7 +305,7 @@ def test_adversarial_weight_perturbation(case, inner, clean_gradient_at):
         batch_size=BATCH,
         steps_per_epoch=1,
         batch_stats="clean_then_adversarial",
-        on=mesh.data_mesh(jax.devices()[:1]),
+        mesh=sharding.data_mesh(jax.devices()[:1]),
     )
     state = TrainState(jnp.zeros([], jnp.int32), to_params(case.w), {}, None)
     pair, points, _, metrics = jax.jit(

@@ -140,6 +140,7 @@ def test_three_agr_steps_in_a_row(golden, names):
     assert int(state.step) == 3
 
 
+@pytest.mark.slow
 def test_pgd_reproduces_every_pixel(common):
     weights = draw(int(common["weight_seed"]), float(common["lin_gain"]))
     variables = jax.tree.map(jnp.asarray, to_variables(weights, np.float64))

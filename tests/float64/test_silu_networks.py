@@ -42,7 +42,7 @@ def file(request, tmp_path_factory):
     return request.param, path, tensors
 
 
-@pytest.mark.parametrize("conv", ["canonical", "plain"])
+@pytest.mark.parametrize("conv", [pytest.param("canonical", marks=pytest.mark.slow), "plain"])
 def test_logits_and_input_gradient(golden, file, conv):
     name, path, tensors = file
     expected = golden("silu_networks.npz")
@@ -64,6 +64,7 @@ def test_logits_and_input_gradient(golden, file, conv):
         np.testing.assert_allclose(got, expected[f"{name}/{key}"], rtol=0, atol=1e-12 * scale)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_network_is_named(file):
     name, path, _ = file
     relu = name.removesuffix("_silu")

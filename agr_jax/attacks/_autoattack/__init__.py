@@ -1,0 +1,1 @@
+"""AutoAttack: its settings, its members, and one evaluation with them."""

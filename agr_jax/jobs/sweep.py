@@ -1,0 +1,275 @@
+"""Many runs in their order: trained, evaluated and measured where something is missing.
+
+A sweep is stopped and resumed like a run: what is done is seen in the run folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from agr_jax import methods
+from agr_jax.attacks import named
+from agr_jax.config import Config, from_config_dict
+from agr_jax.errors import ConfigError, UserError
+from agr_jax.evaluation import record_files
+from agr_jax.evaluation.evaluate import evaluate_run
+from agr_jax.evaluation.table import render_table
+from agr_jax.files import read_json_lines
+from agr_jax.measure import measure_run
+from agr_jax.runs import Run
+from agr_jax.runs.folder import EVALUATIONS, MEASUREMENTS, METRICS, locked
+from agr_jax.training import optimizers, train_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run beside its own.
+
+    Attributes:
+        label: part of its file's name.
+        attacks: as `config.eval.attacks`.
+        examples: number of test images, as `config.eval.examples`; 0 for all.
+    """
+
+    label: str
+    attacks: tuple[str, ...]
+    examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder.
+        config: its settings; `init_from` is set by `base`.
+        base: name of the run to branch from, or empty.
+        evaluations: beside that of `config.eval`.
+        measurements: see `agr_jax.measure`.
+    """
+
+    name: str
+    config: Config
+    base: str = ""
+    evaluations: tuple[Evaluation, ...] = ()
+    measurements: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a file of `configs/paper` lists.
+
+    Attributes:
+        name: of the sweep.
+        scale: `full`, `small` or `digits`.
+        folder: that holds the run folders.
+        runs: in their order; a base comes before its branches.
+    """
+
+    name: str
+    scale: str
+    folder: Path
+    runs: tuple[PlannedRun, ...]
+
+
+def from_plan(values: Mapping[str, Any], folder: Path | None = None) -> Sweep:
+    """A sweep from the `ConfigDict` of a file of `configs/paper`.
+
+    Args:
+        values: of the file.
+        folder: for the run folders, instead of the file's.
+
+    Raises:
+        ConfigError: if it is no sweep, a run's config is wrong, or a base is not listed before.
+    """
+    if "runs" not in values or "sweep" not in values:
+        raise ConfigError(
+            "--config: a sweep needs a file of configs/paper, such as configs/paper/table1.py:small"
+        )
+    folder = Path(values["folder"]) if folder is None else folder
+    runs: dict[str, PlannedRun] = {}
+    for each in values["runs"]:
+        config = from_config_dict(each["config"])
+        if each["base"]:
+            if each["base"] not in runs:
+                raise ConfigError(f"run {each['name']}: its base {each['base']} must come before")
+            config = dataclasses.replace(config, init_from=str(folder / each["base"]))
+        runs[each["name"]] = PlannedRun(
+            name=each["name"],
+            config=config,
+            base=each["base"],
+            evaluations=tuple(
+                Evaluation(e["label"], tuple(e["attacks"]), e["examples"])
+                for e in each["evaluations"]
+            ),
+            measurements=tuple(each["measurements"]),
+        )
+    return Sweep(values["sweep"], values["scale"], folder, tuple(runs.values()))
+
+
+def run(sweep: Sweep) -> int:
+    """Does what is missing, one run after the other.
+
+    A run that fails is named, and so are its branches, which cannot begin; the others go on.
+
+    Returns:
+        0; 1 if a run failed; 128 plus the signal's number if it was interrupted: the same call
+        continues.
+    """
+    for number, planned in enumerate(sweep.runs, 1):
+        if missing := what_is_missing(sweep, planned):
+            print(f"  {number}/{len(sweep.runs)} {planned.name}: {', '.join(missing)}")
+    failed: dict[str, str] = {}
+    for number, planned in enumerate(sweep.runs, 1):
+        missing = what_is_missing(sweep, planned)
+        if not missing:
+            continue
+        if planned.base in failed:
+            failed[planned.name] = f"its base {planned.base} failed"
+            continue
+        left = [p for p in sweep.runs[number - 1 :] if p.name not in failed]
+        print(
+            f"\n[{number}/{len(sweep.runs)}] {planned.name}: {time_left(sweep, left)}", flush=True
+        )
+        try:
+            code = _complete(sweep, planned, missing)
+        except UserError as error:
+            failed[planned.name] = str(error)
+            print(f"failed: {planned.name}: {error}", flush=True)
+            continue
+        if code:
+            return code
+        jax.clear_caches()  # the next run compiles programs of its own
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}")
+    done = len(sweep.runs) - len(failed)
+    print(f"\n{sweep.name} ({sweep.scale}): {done} of {len(sweep.runs)} runs are complete")
+    print(f"python launch.py --job=report --workdir={sweep.folder}")
+    return 1 if failed else 0
+
+
+def what_is_missing(sweep: Sweep, planned: PlannedRun) -> list[str]:
+    """`training`, `evaluation [label]`, `measurement`: what a run still needs."""
+    folder = sweep.folder / planned.name
+    if trained_epochs(folder) < planned.config.epochs:
+        evaluations = [_shown(e) for e in planned.evaluations]
+        return ["training", "evaluation", *evaluations, *planned.measurements]
+    own = Evaluation("", planned.config.eval.attacks, planned.config.eval.examples)
+    missing = [_shown(e) for e in (own, *planned.evaluations) if not _is_done(folder, planned, e)]
+    return missing + [m for m in planned.measurements if not _is_measured(folder, planned, m)]
+
+
+def trained_epochs(folder: Path) -> int:
+    """Number of epochs that a run's metrics report."""
+    path = folder / METRICS
+    records = read_json_lines(path) if path.is_file() else []
+    return max((record.get("epoch", 0) for record in records), default=0)
+
+
+def time_left(sweep: Sweep, left: Iterable[PlannedRun]) -> str:
+    """An estimate for training, from the seconds that this folder's runs took so far."""
+    seconds = work = 0.0
+    for planned in sweep.runs:
+        path = sweep.folder / planned.name / METRICS
+        if path.is_file():
+            records = read_json_lines(path)
+            seconds += sum(record.get("seconds", 0) for record in records)
+            work += len(records) * passes_per_image(planned.config)
+    to_do = 0.0
+    for planned in left:
+        done = trained_epochs(sweep.folder / planned.name)
+        if done == 0 and planned.base:
+            base = next(p for p in sweep.runs if p.name == planned.base)
+            done = base.config.epochs
+        to_do += max(planned.config.epochs - done, 0) * passes_per_image(planned.config)
+    if not work:
+        return "time left not known yet"
+    hours = seconds / work * to_do / 3600
+    return f"about {hours:.1f} h of training left" if hours >= 0.1 else "minutes of training left"
+
+
+def passes_per_image(config: Config) -> float:
+    """Forward passes of one training image in one epoch, a backward pass counted as one or two."""
+    try:
+        if not methods.from_config(config).is_adversarial:
+            return 3
+    except UserError:  # one's own, which cannot be imported: the run itself will say so
+        pass
+    clean_gradient = config.diagnostics or any(
+        start is not None for start in optimizers.start_epochs(config.agr)
+    )
+    return 2 * config.attack.steps + 3 + (3 if clean_gradient else 1)
+
+
+def _complete(sweep: Sweep, planned: PlannedRun, missing: Sequence[str]) -> int:
+    folder, config = sweep.folder / planned.name, planned.config
+    if "training" in missing or "evaluation" in missing:
+        code = train_run(config, folder)
+        if code:
+            return code
+    whole = Run.from_config(config, folder)
+    for each in planned.evaluations:
+        if _is_done(folder, planned, each):
+            continue
+        part = whole.with_eval(attacks=each.attacks, examples=each.examples)
+        with locked(folder):
+            records = evaluate_run(part, label=each.label)
+        print(f"\n{planned.name}\n\n{render_table(records)}", flush=True)
+    for name in planned.measurements:
+        if not _is_measured(folder, planned, name):
+            with locked(folder):
+                measure_run(whole, name)
+    return 0
+
+
+def _is_measured(folder: Path, planned: PlannedRun, name: str) -> bool:
+    """Whether the last checkpoint has this measurement, of the run's last epoch."""
+    try:
+        path = folder / MEASUREMENTS / f"{name}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return bool(record["epoch"] == planned.config.epochs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_done(folder: Path, planned: PlannedRun, wanted: Evaluation) -> bool:
+    """Whether the last checkpoint has this evaluation, and the average if the run keeps one."""
+    kept = ("last", "average") if planned.config.averaging.decay else ("last",)
+    return all(
+        _has(folder, planned, which, wanted)
+        for which in kept
+        if which in planned.config.eval.checkpoints
+    )
+
+
+def _has(folder: Path, planned: PlannedRun, which: str, wanted: Evaluation) -> bool:
+    title = f"{which}-{wanted.label}" if wanted.label else which
+    attacks = set(named.names(wanted.attacks))
+    asked: dict[str, Any] = {"epoch": planned.config.epochs}
+    if wanted.examples:
+        asked["examples"] = wanted.examples
+    for path in (folder / EVALUATIONS).glob(f"{title}*.json"):
+        if record_files.file_title(path) != title:
+            continue
+        if not wanted.examples and record_files.is_part(path):
+            continue
+        if planned.config.data.name == "image_folder" and "-first" in path.stem:
+            continue  # of an earlier version: the first images are those of the first classes
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found = record_files.results(record, named.maker(planned.config), asked)
+            if attacks <= {result.name for result in found if not result.reason}:
+                return True
+        except (OSError, ValueError, AttributeError):  # damaged: what it holds is not there
+            continue
+    return False
+
+
+def _shown(evaluation: Evaluation) -> str:
+    return f"evaluation {evaluation.label}".strip()

@@ -1,0 +1,137 @@
+"""Devices, and how arrays are placed on them: data parallelism over one mesh axis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from agr_jax.errors import ConfigError
+
+DATA_AXIS = "data"
+# How an argument is placed: split along its first axis, or whole on each device.
+SHARDED, REPLICATED = PartitionSpec(DATA_AXIS), PartitionSpec()
+
+
+def prepare_backend(*, deterministic: bool) -> None:
+    """Settings that must be made before JAX starts its backend.
+
+    Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default in the user's cache
+    folder, so that the next start does not compile again.
+
+    Args:
+        deterministic: make GPU kernels give the same bits every time (slower).
+    """
+    if deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "agr_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis over the given devices, by default all of this process.
+
+    Raises:
+        ConfigError: if JAX was started over several processes, which runs are not made for.
+    """
+    _check_one_process()
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def as_data_mesh(on: Mesh | Sequence[jax.Device]) -> Mesh:
+    """The mesh of one axis that this library splits batches over, on a caller's own devices.
+
+    Rows are all that is split here, so of a mesh nothing matters but its devices: names, number
+    and types of its axes may be any.
+
+    Args:
+        on: a `jax.sharding.Mesh`, or a list, tuple or array of devices.
+
+    Returns:
+        A mesh of the axis `"data"` over the same devices in the same order.
+
+    Raises:
+        ConfigError: if `on` is something else (a mesh without devices too), or has no devices or
+            one of them twice; or if JAX was started over several processes.
+
+    Example:
+        >>> import jax
+        >>> as_data_mesh(jax.devices()[:1]).axis_names
+        ('data',)
+    """
+    given = on.devices if isinstance(on, Mesh) else on
+    takes = "on: must be a jax.sharding.Mesh or a list of devices, as jax.devices()"
+    if not isinstance(given, list | tuple | np.ndarray):
+        got = f"one device, {on}: write [device]" if isinstance(on, jax.Device) else repr(on)
+        raise ConfigError(f"{takes}; got {got}")
+    devices = list(np.asarray(given, dtype=object).ravel())
+    if not devices:
+        raise ConfigError(f"{takes}; got none")
+    for device in devices:
+        if not isinstance(device, jax.Device):
+            raise ConfigError(f"{takes}; got {device!r} among the devices")
+    if len(set(devices)) < len(devices):
+        raise ConfigError(f"on: every device must be there once, got {devices}")
+    _check_one_process()
+    # Not `jax.make_mesh`, which may put the devices in another order.
+    return Mesh(np.array(devices, dtype=object), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, REPLICATED)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices."""
+    return NamedSharding(mesh, SHARDED)
+
+
+def per_device(
+    function: Callable[..., Any], mesh: Mesh | None, arguments: Sequence[PartitionSpec]
+) -> Callable[..., Any]:
+    """The function on each device's rows alone: devices do not wait for each other.
+
+    Args:
+        function: treats every row by itself; all that it returns has rows.
+        mesh: the devices; `None` leaves the function as it is.
+        arguments: `SHARDED` or `REPLICATED` for each of its arguments, which are pytrees.
+    """
+    if mesh is None:
+        return function
+    # Its loops start from constants, which the check takes for the same value on each device.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=tuple(arguments), out_specs=SHARDED, check_vma=False
+    )
+
+
+def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Refuses a batch that the devices cannot share evenly.
+
+    Raises:
+        ConfigError: naming the field, the batch size and the number of devices.
+    """
+    if batch_size % mesh.size:
+        raise ConfigError(
+            f"{field}: {batch_size} images cannot be shared evenly by {mesh.size} devices; "
+            f"use a multiple of {mesh.size}"
+        )
+
+
+def _check_one_process() -> None:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"JAX runs in {jax.process_count()} processes: a run belongs to one process, with all "
+            "devices of its machine"
+        )
