@@ -337,6 +337,7 @@ def test_averaged_statistics_fit_the_averaged_network(tmp_path):
     BatchNorm's own memory, 5 steps, the averaged statistics are behind it.)
     """
     overrides = {"epochs": 10, "data__train_examples": 0, "eval__every_epochs": 10}
+    overrides |= {"model__name": "wrn10_1"}  # of several layers, whose statistics move together
     config = small("at", **overrides, averaging__decay=0.99, checkpoints__every_epochs=10)
     assert train_run(config, tmp_path / "run") == 0
     dataset = data.from_config(config)
