@@ -65,6 +65,17 @@ def black(threat):
     return lambda logits_fn, images, labels, key: jnp.zeros_like(images)
 
 
+class Nameless:
+    """Whose repr is an address, another one in each process."""
+
+    def __call__(self, logits_fn, images, labels, key):
+        return images
+
+
+def nameless(threat):
+    return Nameless()
+
+
 def not_an_attack(threat):
     return 7
 
@@ -155,6 +166,7 @@ def test_titles_and_settings_of_functions(mine):
     attack = made("mine:black@linf=0.25")
     assert attack.threat == Linf(0.25)
     assert named.describe(attack)["function"] == "mine:black"
+    assert named.describe(made("mine:nameless"))["made"] == "Nameless"
     assert named.title("mine:black@linf=0.25") == "mine:black, Linf 0.25"
 
 

@@ -30,7 +30,7 @@ from agr_jax.ranges import Range, check_ranges
 from agr_jax.threat import L1, L2, Linf, check_norm_ball, expand, gaussian_noise, per_image
 
 # Under L1, multiples of the radius that the search passes through, and the shares of the steps that
-# it spends at the larger ones (section 3.4 of https://arxiv.org/abs/2103.01208).
+# it spends at the larger ones, as in the published code.
 _LARGE_RADII = (3.0, 2.0, 1.0)
 _SHARE_OF_STEPS = (0.3, 0.3)  # the last radius has the rest
 

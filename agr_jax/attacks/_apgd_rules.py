@@ -16,12 +16,12 @@ from agr_jax.attacks._attack import differing
 from agr_jax.order_statistics import kth_smallest
 from agr_jax.threat import L1, L2, Linf, expand, flatten
 
-# Names in brackets are those of the papers (section 3 of https://arxiv.org/abs/2003.01690 and
-# section 3.2 of https://arxiv.org/abs/2103.01208); values are those of their published code.
+# Values of the published code of APGD (https://arxiv.org/abs/2003.01690) and of its L1 variant
+# (https://arxiv.org/abs/2103.01208).
 _MOMENTUM_SHARE = 0.75
-"""Share of the gradient step in a step (alpha); the rest repeats the last step."""
+"""Share of the gradient step in a step; the rest repeats the last step."""
 _FIRST_WINDOW = 0.22
-"""Share of all steps before the first checkpoint (p_1)."""
+"""Share of all steps before the first checkpoint."""
 _WINDOW_DECREMENT = 0.03
 """What each window is shorter than the one before, as a share of all steps."""
 _LEAST_WINDOW = 0.06
@@ -29,7 +29,7 @@ _LEAST_WINDOW = 0.06
 _SPARSE_WINDOW = 0.04
 """Under L1, share of all steps between two checkpoints."""
 _FIRST_SPARSITY = 0.2
-"""Under L1, share of the pixels that a step moves until the first checkpoint (k_0)."""
+"""Under L1, share of the pixels that a step moves until the first checkpoint."""
 _SPARSITY_DIVISOR = 1.5
 """Under L1, a step moves so many times fewer pixels than the best point has changed."""
 _SPARSER = 0.95
@@ -133,8 +133,8 @@ class Momentum(NamedTuple):
         step: jax.Array,
     ) -> tuple[jax.Array, _MomentumState]:
         """The next points."""
+        # The first step has none before it to repeat.
         share = jnp.where(step > 0, _MOMENTUM_SHARE, 1.0).astype(points.dtype)
-        # The first step has no step before it to go on with.
         ahead = points + expand(state.step_size, points) * self.threat.ascent(gradient)
         ahead = self.threat.project(ahead, images)
         mixed = points + share * (ahead - points) + (1 - share) * (points - state.previous)

@@ -86,8 +86,8 @@ class PGD(GradientAttack):
 
     def __post_init__(self) -> None:
         check_threat("PGD.threat", self.threat)
-        numbers = {"momentum": Range(0), "start_noise": Range(0), "draws": Range(0)}
-        check_ranges(self, steps=Range(1), restarts=Range(1), **numbers)
+        check_ranges(self, steps=Range(1), restarts=Range(1), draws=Range(0))
+        check_ranges(self, momentum=Range(0), start_noise=Range(0))
         if self.step_size is not None:
             check_ranges(self, step_size=Range(0, above=True))
         if self.restarts > 1 and not (self.random_start or self.start_noise):

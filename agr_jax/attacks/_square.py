@@ -24,10 +24,8 @@ from agr_jax.ranges import Range, check_ranges
 from agr_jax.threat import L1, L2, Linf, check_norm_ball, expand
 
 # The share of the pixels in a window halves after these queries (of 10,000): large squares find the
-# region, small ones refine it (section 3.2 of https://arxiv.org/abs/1912.00049).
+# region, small ones refine it.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-
-
 # Queries after which the images that are left close up: each a stage as long as all before it, so
 # that a batch is packed again a few times only.
 _STAGES = tuple(100 * 2**power for power in range(64))

@@ -268,18 +268,18 @@ class ImportedAttack:
     Attributes:
         function: its name, `MODULE:FUNCTION`.
         threat: the ball.
-        attack: what the function made for this ball.
+        made: what the function made for this ball.
     """
 
     function: str
     threat: ThreatModel
-    attack: Attack
+    made: Attack
 
     def __call__(
         self, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> jax.Array:
         """As any attack; see the class."""
-        points = self.attack(logits_fn, images, labels, key)
+        points = self.made(logits_fn, images, labels, key)
         if getattr(points, "shape", None) != images.shape:
             raise ConfigError(
                 f"config.eval.attacks: {self.function} must return images of shape "
@@ -321,16 +321,22 @@ def describe(attack: Attack | None) -> dict[str, Any]:
     """An attack's settings as numbers and strings, for JSON."""
     if attack is None:
         return {}
-    if not dataclasses.is_dataclass(attack):
-        return {"attack": getattr(attack, "__name__", type(attack).__name__)}
+    assert dataclasses.is_dataclass(attack)
     settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
     plain = {name: describe_setting(value) for name, value in settings.items()}
     return {"attack": type(attack).__name__, **plain}
 
 
 def describe_setting(value: Any) -> Any:
-    """One setting as a number or a string: a function by its name, an object by its `repr`."""
-    return getattr(value, "__name__", None) or (repr(value) if _is_object(value) else value)
+    """One setting as a number or a string: a function by its name, an object by its `repr`.
+
+    An object without a `repr` of its own goes by its type: its address is another in each process.
+    """
+    if not _is_object(value):
+        return value
+    if type(value).__repr__ is object.__repr__:
+        return type(value).__name__
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def dense_name(name: str) -> str:

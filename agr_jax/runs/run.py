@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from agr_jax import config as config_module
 from agr_jax import data, models, sharding
-from agr_jax.config import Config, imported
+from agr_jax.config import Config
 from agr_jax.data import Dataset, Split
 from agr_jax.data.dataset import Part, part_of
 from agr_jax.errors import ConfigError
@@ -56,13 +56,9 @@ class Run:
         """The network that the config names.
 
         Raises:
-            ConfigError: on an unknown name, or a network of your own that cannot be trained here.
+            ConfigError: on an unknown name.
         """
-        dataset = self.dataset
-        model = models.from_config(self.config, dataset.num_classes, dtype)
-        if imported.is_imported(self.config.model.name):
-            models.check_trainable(model, dataset.num_classes, dataset.image_shape)
-        return model
+        return models.from_config(self.config, self.dataset.num_classes, dtype)
 
     def description(self) -> dict[str, dict[str, Any]]:
         """The model and the data set, as a checkpoint's `about` holds them."""

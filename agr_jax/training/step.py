@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from agr_jax import methods, sharding
+from agr_jax import methods, models, sharding
 from agr_jax.agr import MEASURED, GradientPair
+from agr_jax.config import imported
 from agr_jax.data import Augmentation, to_unit_range
 from agr_jax.data.batches import steps_per_epoch
 from agr_jax.methods import Batch, LossOutcome, Method
@@ -90,8 +91,11 @@ class Trainer:
         sharding.check_divisible(config.batch_size, run.mesh, "config.batch_size")
         examples = len(run.dataset.train.labels)
         per_epoch = steps_per_epoch(examples, config.batch_size, data.last_batch)
+        model = run.model(jnp.bfloat16 if config.precision.train == "bfloat16" else jnp.float32)
+        if imported.is_imported(config.model.name):
+            models.check_trainable(model, run.dataset.num_classes, run.dataset.image_shape)
         return cls(
-            model=run.model(jnp.bfloat16 if config.precision.train == "bfloat16" else jnp.float32),
+            model=model,
             method=methods.from_config(config),
             optimizer=optimizers.from_config(config, per_epoch),
             augmentation=Augmentation(

@@ -3,7 +3,7 @@
 Example:
     >>> import jax, jax.numpy as jnp
     >>> from agr_jax.attacks import autoattack
-    >>> from agr_jax.threat import Linf, check_norm_ball
+    >>> from agr_jax.threat import Linf
     >>> images = jnp.stack([jnp.full([8, 8, 1], 0.45), jnp.full([8, 8, 1], 0.2)])
     >>> dark = lambda x: jnp.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5,
     ...                             x[:, 0, 0, 0] - 2, x[:, 1, 1, 0] - 2], axis=1)

@@ -30,7 +30,8 @@ def attack_batch(placed: Placed, name: str, member: Member, batch: packing.Batch
     rows = batch.rows
     images, labels, keys = placed.batch(rows, batch.shape, stream_of(name))
     if member.stages:
-        points = _search_in_stages(placed, name, member, batch)
+        arguments = images, labels, keys
+        points = _search_in_stages(placed, name, member, batch, arguments)
         blind = np.zeros(len(rows), bool)
     else:
         network = placed.network_of_device(batch.shape)
@@ -58,10 +59,11 @@ def attack_batch(placed: Placed, name: str, member: Member, batch: packing.Batch
     )
 
 
-def _search_in_stages(placed: Placed, name: str, member: Member, batch: packing.Batch) -> Any:
+def _search_in_stages(
+    placed: Placed, name: str, member: Member, batch: packing.Batch, arguments: tuple[Any, ...]
+) -> Any:
     """All queries; between stages, images that are fooled leave, and the others close up."""
-    rows, shape, stream = batch.rows, batch.shape, stream_of(name)
-    arguments = placed.batch(rows, shape, stream)
+    rows, shape = batch.rows, batch.shape
     fixed, varying = calling.taken_apart(member)
     compiled = calling.compiled_for(placed.network(shape).program)
     begin = compiled(begin_search, ("fixed",))
@@ -85,7 +87,7 @@ def _search_in_stages(placed: Placed, name: str, member: Member, batch: packing.
         if smaller < shape:
             shape = smaller
             state = _reordered(placed, state, filled(kept, shape))
-            arguments = placed.batch(rows[left], shape, stream)
+            arguments = placed.batch(rows[left], shape, stream_of(name))
         elif len(kept) < len(is_open):
             # The batch keeps its shape: those that are fooled stay, untouched, at its end.
             order = np.concatenate([kept, np.flatnonzero(~is_open)])
