@@ -102,7 +102,7 @@ def test_every_config_is_valid_and_its_step_traces(name, profile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar100_at"])
+@pytest.mark.parametrize("name", ["cifar100_at", "tinyimagenet_at"])
 def test_other_numbers_of_classes_trace_too(name):
     assert "cosine" in trace_step(from_config_dict(load(name)), clean_gradient=True)
 
