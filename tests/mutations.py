@@ -95,7 +95,12 @@ FAULTS = [
     Fault("threat.py", "round((1 - self.sparsity) *", "round(self.sparsity *", "threat"),
     Fault("threat.py", "1 - flat_images, flat_images", "flat_images, 1 - flat_images", "threat"),
     Fault("attacks/_pgd.py", "candidates + step_size *", "candidates - step_size *", "pgd"),
-    Fault("attacks/_pgd.py", "            fooled | wrong,", "            wrong,", "pgd"),
+    Fault(
+        "attacks/_pgd.py",
+        "            fooled | wrong,",
+        "            wrong,",
+        "pgd attack_contract",
+    ),
     Fault(
         "attacks/_pgd.py",
         "return -height if attack.targeted else height\n\n\ndef",
@@ -120,7 +125,12 @@ FAULTS = [
         "",
         "golden_attacks attack_contract",
     ),
-    Fault("attacks/_apgd_rules.py", "while end <= steps:", "while end < steps:", "golden_attacks"),
+    Fault(
+        "attacks/_apgd_rules.py",
+        "max(window - max(",
+        "max(window + max(",
+        "golden_attacks attack_contract",
+    ),
     Fault("attacks/_apgd_rules.py", "return due & sparser,", "return due,", "golden_attacks"),
     Fault(
         "attacks/_fab.py",
@@ -132,7 +142,7 @@ FAULTS = [
         "attacks/_fab.py",
         "attack.backward * (moved - images)",
         "(moved - images)",
-        "golden_attacks",
+        "golden_attacks attack_contract",
     ),
     Fault(
         "attacks/_square.py",

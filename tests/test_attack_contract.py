@@ -300,6 +300,40 @@ def test_fab_finds_the_boundary_of_a_linear_network(threat, dual, targets):
     np.testing.assert_allclose(distance, 1.0001 * exact, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("threat", "dual"), [(Linf(0.1), 1), (L2(0.5), 2), (L1(3.0), np.inf)])
+def test_fab_steps_over_the_boundary_and_back(threat, dual):
+    """Two steps in closed form, as multiples of the distance to the boundary: all on one line."""
+    logits_fn, weights, images, labels = linear(num_classes=2)
+    # Nearer to the boundary, so that no step meets the box.
+    slope = weights[:, 1] - weights[:, 0]
+    gap = np.asarray(images, np.float64).reshape(len(images), -1) @ slope
+    images -= jnp.asarray(0.9 * np.outer(gap, slope / (slope @ slope)).reshape(images.shape))
+    exact = boundary_distances(weights, images, labels, dual)
+    first = 1.05
+    back = 0.9 * first  # where the second step begins, its distance to the boundary `left`
+    left = 1 - back
+    pull = min(left / (left + 1), 0.1)
+    second = (1 - pull) * (back + 1.05 * left) + pull * 1.05
+    for steps, expected in ((1, first), (2, second)):
+        attack = fab(threat, targets=0, steps=steps, overshoot=1.05, backward=0.9, alpha_max=0.1)
+        _, distance = attack.nearest(logits_fn, images, labels, jax.random.key(0))
+        np.testing.assert_allclose(distance, expected * exact, rtol=1e-4)
+
+
+def test_apgd_shortens_steps_that_find_nothing_better():
+    """The maximum lies inside the ball: the loss rises at every other step, the best stays."""
+
+    def peak(images):
+        return jnp.stack([jnp.zeros(len(images)), -jnp.abs(images.ravel() - 0.51)], 1)
+
+    images, labels = jnp.full([1, 1, 1, 1], 0.5), jnp.zeros(1, jnp.int32)
+    attack = apgd(Linf(0.1), steps=100, loss=losses.margin, rho=0.1)
+    run = attack.trajectory(peak, images, labels, images)
+    # A checkpoint halves the step unless the last one did: at every second of the eight.
+    assert np.unique(run.step_size).tolist() == np.float32([0.025, 0.05, 0.1, 0.2]).tolist()
+    np.testing.assert_allclose(run.best_loss, 0, atol=1e-3)
+
+
 @pytest.mark.parametrize(("threat", "dual"), [(Linf(0.1), 1), (L2(0.3), 2), (L1(0.3), np.inf)])
 def test_apgd_reaches_the_maximum_of_a_linear_network(threat, dual):
     logits_fn, weights, images, _ = linear(num_classes=2)
@@ -410,6 +444,24 @@ def test_every_restart_is_another_chance(attack, expected):
     adversarial = attack(in_two_directions, images, labels, jax.random.key(0))
     share = float((adversarial > 0.72).mean())
     assert abs(share - expected) <= 4 * (expected * (1 - expected) / 600) ** 0.5
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd])
+def test_a_later_restart_of_higher_loss_does_not_replace_a_success(attack):
+    """To the left a success of low cross-entropy, to the right a failure of a higher one."""
+
+    def two_sides(images):
+        away = images.ravel() - 0.5
+        none = jnp.full_like(away, -50.0)
+        right = -0.001 * (0.4 - away)  # two classes just below the label: log odds of log 2
+        left = -5 * away - 1.45  # one class that overtakes the label at the ball's very border
+        others = jnp.where(away > 0, jnp.stack([right, right]), jnp.stack([none, left]))
+        return jnp.stack([0 * away, *others], 1)
+
+    images, labels = jnp.full([200, 1, 1, 1], 0.5), jnp.zeros(200, jnp.int32)
+    found = attack(Linf(0.3), steps=12, restarts=5)(two_sides, images, labels, jax.random.key(0))
+    fooled = two_sides(found).argmax(1) != labels
+    assert abs(float(fooled.mean()) - (1 - 1 / 2**5)) <= 4 * (1 / 2**5 / 200) ** 0.5
 
 
 def test_fabs_restarts_are_further_chances():

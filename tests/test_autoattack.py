@@ -18,7 +18,8 @@ from test_golden_attacks import stored_images
 from agr_jax import journal, sharding
 from agr_jax.attacks import EvaluationWarning, autoattack
 from agr_jax.attacks import _calling as calling
-from agr_jax.attacks._autoattack import packing, search
+from agr_jax.attacks._autoattack import members, packing, search
+from agr_jax.attacks._outcome import Blind, UnitOutcome
 from agr_jax.errors import EvaluationStateError, OtherEvaluationError
 from agr_jax.threat import L1, L2, Linf, is_allowed
 
@@ -157,6 +158,35 @@ def test_verdicts_do_not_depend_on_the_devices(small, undisturbed):
     result = ATTACK.evaluate(*small, KEY, on=sharding.data_mesh(jax.devices()[:4]), progress=False)
     np.testing.assert_array_equal(result.robust, undisturbed.robust)
     np.testing.assert_allclose(result.adversarial, undisturbed.adversarial, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outside:
+    """A member that claims success at a dark picture, far outside of its ball."""
+
+    threat: Linf
+    passes = 1
+    stages = ()
+
+    def units(self, num_classes):
+        return 1
+
+    def unit(self, logits_fn, images, labels, keys, index):
+        nowhere = jnp.zeros_like(labels, bool)
+        return UnitOutcome(0.01 * images, ~nowhere, Blind(nowhere, nowhere))
+
+
+def test_a_point_outside_of_the_ball_does_not_count(small, monkeypatch):
+    logits_fn, images, labels = small
+    dark = 0.01 * images
+    right = logits_fn(images).argmax(1) == labels
+    assert (right & (logits_fn(dark).argmax(1) != labels)).sum() > 5
+    monkeypatch.setitem(members._MAKERS, "square", lambda of: Outside(of.threat))
+    for radius, counts in ((0.02, False), (0.999, True)):
+        attack = autoattack(Linf(radius), "custom", attacks=("square",))
+        result = attack.evaluate(logits_fn, images, labels, KEY, progress=False)
+        fooled = right & ~result.robust_after["square"]
+        assert fooled.any() == counts
 
 
 def unit(on, name, network, rows, units):

@@ -76,6 +76,21 @@ def test_pyramids_have_length_one_and_opposite_halves(threat, order, size):
         np.testing.assert_allclose(halves[0], halves[1])
 
 
+def test_every_point_of_square_under_linf_is_a_corner_of_the_ball():
+    """A square moves from one side of the ball to the other; nothing stays between."""
+    weights = jax.random.normal(jax.random.key(1), [8 * 8 * 2, 2])
+    images, labels = jnp.full([3, 8, 8, 2], 0.5), jnp.zeros(3, jnp.int32)
+
+    def unreachable(images):
+        return images.reshape(len(images), -1) @ weights + jnp.asarray([[100.0, 0.0]])
+
+    attack, key = square(Linf(0.05), queries=200), jax.random.key(0)
+    moved = attack(unreachable, images, labels, key) - images
+    np.testing.assert_allclose(jnp.abs(moved), 0.05, atol=1e-6)
+    start = square(Linf(0.05), queries=1)(unreachable, images, labels, key) - images
+    assert (jnp.sign(moved) != jnp.sign(start)).mean() > 0.1
+
+
 def test_square_stops_at_the_first_success_and_never_gets_worse():
     def brightness(images):
         mean = images.mean((1, 2, 3))
