@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from agr_jax import distributed
 from agr_jax.agr import MEASURED
 from agr_jax.errors import RunFolderError
 from agr_jax.files import write_atomically
@@ -72,6 +73,8 @@ class DiagnosticsLog:
 
     def forget_after(self, step: int) -> None:
         """Drops later steps, which a resumed run repeats."""
+        if not distributed.is_first():
+            return
         for path in _files(self._folder):
             names, *arrays = _read(path)
             kept = arrays[0] <= step
@@ -103,6 +106,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _write(folder: Path, measured: LeafDiagnostics) -> None:
+    if not distributed.is_first():
+        return
     folder.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     np.savez_compressed(

@@ -1,12 +1,18 @@
-"""Files that are whole whenever a reader, or a crash, looks: JSON lines, and atomic writes."""
+"""Files that are whole whenever a reader, or a crash, looks: JSON lines, and atomic writes.
+
+Of several processes that work together the first one writes; in the others nothing happens here.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from agr_jax import distributed
 
 
 class JsonLines:
@@ -18,10 +24,14 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file: IO[str] | None = None
+        if distributed.is_first():
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; NaN and infinities become `null`."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -31,6 +41,8 @@ class JsonLines:
 
         A resumed run repeats these steps.
         """
+        if self._file is None:
+            return
         self._file.close()
         kept = [
             record for record in read_json_lines(self._path) if record.get("step", step + 1) <= step
@@ -40,7 +52,8 @@ class JsonLines:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> JsonLines:
         return self
@@ -64,7 +77,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    if not distributed.is_first():
+        return
+    # Two hosts may have a process of the same number.
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     with partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

@@ -1,4 +1,7 @@
-"""The batches of a long evaluation that are done, on disk: what a second start need not repeat."""
+"""The batches of a long evaluation that are done, on disk: what a second start need not repeat.
+
+Of several processes that work together the first one reads and writes, and tells the others.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agr_jax import distributed
 from agr_jax.errors import EvaluationStateError, OtherEvaluationError
 from agr_jax.files import write_atomically
 
@@ -71,35 +75,8 @@ class Journal:
         defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._folder, self._number = folder, 0
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "identity.json"
-        if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                there = {**defaults, **found}
-                differing = [name for name in identity if there.get(name) != identity[name]]
-            except (ValueError, TypeError) as error:
-                raise EvaluationStateError(
-                    f"{path} cannot be read ({error}); delete the folder {folder}"
-                ) from error
-            if differing:
-                listed = "; ".join(
-                    f"{name}: {there.get(name)!r} there, {identity[name]!r} here"
-                    for name in differing
-                )
-                raise OtherEvaluationError(
-                    f"{folder} holds the progress of another evaluation ({listed}); delete it, or "
-                    "give another folder"
-                )
-        elif any(folder.glob("[0-9]*-*.npz")):
-            raise OtherEvaluationError(
-                f"{folder} holds batches, but no identity.json that says of which evaluation; "
-                "delete the folder"
-            )
-        else:
-            write_atomically(path, json.dumps(dict(identity), indent=2) + "\n")
+        if folder is not None:
+            _open(folder, identity, defaults)
 
     def next(self, unit: str, rows: np.ndarray) -> BatchRecord | None:
         """The next batch if it is done, else `None`.
@@ -114,12 +91,11 @@ class Journal:
         if self._folder is None:
             return None
         path = self._path(unit)
-        try:
-            stream = path.open("rb")
-        except FileNotFoundError:
+        content = _content(path)
+        if content is None:
             return None
         try:
-            with stream, np.load(stream, allow_pickle=False) as file:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 record = BatchRecord(*(file[name] for name in BatchRecord._fields))
         except Exception as error:  # numpy and zipfile raise several kinds on damaged files
             raise EvaluationStateError(
@@ -141,6 +117,51 @@ class Journal:
     def _path(self, unit: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{self._number:06d}-{unit}.npz"
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds, if there is one: as the first process sees it, in all."""
+    read: list[bytes] = []
+
+    def look() -> bool:
+        try:
+            read.append(path.read_bytes())
+        except FileNotFoundError:
+            return False
+        return True
+
+    return distributed.broadcast(b"".join(read)) if distributed.from_first(look) else None
+
+
+@distributed.decided_by_first
+def _open(folder: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Makes the folder, or compares whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "identity.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            there = {**defaults, **found}
+            differing = [name for name in identity if there.get(name) != identity[name]]
+        except (ValueError, TypeError) as error:
+            raise EvaluationStateError(
+                f"{path} cannot be read ({error}); delete the folder {folder}"
+            ) from error
+        if differing:
+            listed = "; ".join(
+                f"{name}: {there.get(name)!r} there, {identity[name]!r} here" for name in differing
+            )
+            raise OtherEvaluationError(
+                f"{folder} holds the progress of another evaluation ({listed}); delete it, or "
+                "give another folder"
+            )
+    elif any(folder.glob("[0-9]*-*.npz")):
+        raise OtherEvaluationError(
+            f"{folder} holds batches, but no identity.json that says of which evaluation; "
+            "delete the folder"
+        )
+    else:
+        write_atomically(path, json.dumps(dict(identity), indent=2) + "\n")
 
 
 def digest(tree: Any) -> str:

@@ -7,9 +7,13 @@ import sys
 import time
 from typing import IO, Any
 
+from agr_jax import distributed
+
 
 class Progress:
     """A live bar on a terminal; elsewhere a plain line about every `seconds`.
+
+    Of several processes that work together the first one shows it.
 
     Args:
         description: what is going on.
@@ -36,7 +40,8 @@ class Progress:
         self._seconds = seconds
         self._started = self._last = time.monotonic()
         self._bar: Any = None
-        if self._stream.isatty() and importlib.util.find_spec("tqdm"):
+        self._is_shown = distributed.is_first()
+        if self._is_shown and self._stream.isatty() and importlib.util.find_spec("tqdm"):
             import tqdm  # of the `train` extra; plain lines do without
 
             self._bar = tqdm.tqdm(
@@ -64,7 +69,7 @@ class Progress:
             self._bar.update(units)
             return
         now = time.monotonic()
-        if now - self._last >= self._seconds:
+        if self._is_shown and now - self._last >= self._seconds:
             self._last = now
             rate = (self._done - self._initial) / (now - self._started)
             left = (self._total - self._done) / rate if rate else float("inf")
@@ -76,7 +81,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)
         else:
-            print(line, flush=True)
+            distributed.say(line)
 
     def close(self) -> None:
         """Removes the bar."""

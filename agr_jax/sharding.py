@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from agr_jax.errors import ConfigError
@@ -37,12 +39,7 @@ def prepare_backend(*, deterministic: bool) -> None:
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis over the given devices, by default all of this process.
-
-    Raises:
-        ConfigError: if JAX was started over several processes, which runs are not made for.
-    """
-    _check_one_process()
+    """A mesh of one axis over the given devices, by default all of all processes."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
@@ -63,7 +60,7 @@ def as_data_mesh(on: Mesh | Sequence[jax.Device]) -> Mesh:
 
     Raises:
         ConfigError: if `on` is something else (a mesh without devices too), or has no devices or
-            one of them twice; or if JAX was started over several processes.
+            one of them twice.
 
     Example:
         >>> import jax
@@ -83,7 +80,6 @@ def as_data_mesh(on: Mesh | Sequence[jax.Device]) -> Mesh:
             raise ConfigError(f"{takes}; got {device!r} among the devices")
     if len(set(devices)) < len(devices):
         raise ConfigError(f"on: every device must be there once, got {devices}")
-    _check_one_process()
     # Not `jax.make_mesh`, which may put the devices in another order.
     return Mesh(np.array(devices, dtype=object), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
@@ -96,6 +92,88 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis is split over the devices."""
     return NamedSharding(mesh, SHARDED)
+
+
+def put(tree: Any, where: NamedSharding) -> Any:
+    """Arrays of the host, the same in every process, on the devices; typed keys too.
+
+    No process sends anything: each takes what its devices hold of its own copy. (With several
+    processes `jax.device_put` compares the copies, at every call, by gathering them all.)
+
+    Args:
+        tree: pytree of arrays, or of keys.
+        where: `replicated` or `batch_sharding` of a mesh.
+    """
+    if where.is_fully_addressable:
+        return jax.device_put(tree, where)
+    return jax.tree.map(lambda array: _put(array, where), tree)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array):
+        if not array.is_fully_addressable:  # on all devices already
+            return jax.jit(lambda x: x, out_shardings=where)(array)
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            data = _put(jax.random.key_data(array), where)
+            implementation = jax.random.key_impl(array)
+            return jax.jit(lambda d: jax.random.wrap_key_data(d, impl=implementation))(data)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def put_rows(
+    load: Callable[[slice], Sequence[np.ndarray]], count: int, mesh: Mesh
+) -> list[jax.Array]:
+    """Arrays of rows, split over the devices, of which each process loads its own rows alone.
+
+    Args:
+        load: gives some rows of each array; called once for the rows of each device.
+        count: of all rows, a multiple of the number of devices.
+        mesh: the devices.
+    """
+    where = batch_sharding(mesh)
+    parts: list[list[jax.Array]] = []
+    for device, index in where.addressable_devices_indices_map((count,)).items():
+        assert index is not None
+        parts.append([jax.device_put(part, device) for part in load(index[0])])
+    return [
+        jax.make_array_from_single_device_arrays((count, *pieces[0].shape[1:]), where, list(pieces))
+        for pieces in zip(*parts, strict=True)
+    ]
+
+
+def one_for_each_device(value: int, mesh: Mesh) -> jax.Array:
+    """`[devices]` int32, split over the devices: this process's value on each of its own."""
+    values = np.full(mesh.size, value, np.int32)
+    (array,) = put_rows(lambda rows: [values[rows]], mesh.size, mesh)
+    return array
+
+
+def get(tree: Any) -> Any:
+    """Whole arrays on the host, in every process; gathered where they lie on several.
+
+    Args:
+        tree: pytree of arrays; what is small, such as a verdict for each image.
+    """
+
+    def whole(array: Any) -> np.ndarray:
+        if isinstance(array, jax.Array) and not (
+            array.is_fully_addressable or array.is_fully_replicated
+        ):
+            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return np.asarray(array)
+
+    return jax.tree.map(whole, tree)
+
+
+def local_devices(mesh: Mesh) -> list[jax.Device]:
+    """Those of this process."""
+    return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+
+def filled_up(rows: np.ndarray, mesh: Mesh, count: int) -> np.ndarray:
+    """Rows, and the last one again: `count` of them, or more so that the devices can share them."""
+    return np.concatenate([rows, np.repeat(rows[-1:], count + -count % mesh.size - len(rows))])
 
 
 def per_device(
@@ -126,12 +204,4 @@ def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
         raise ConfigError(
             f"{field}: {batch_size} images cannot be shared evenly by {mesh.size} devices; "
             f"use a multiple of {mesh.size}"
-        )
-
-
-def _check_one_process() -> None:
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"JAX runs in {jax.process_count()} processes: a run belongs to one process, with all "
-            "devices of its machine"
         )

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom of the house to the top: each entry may import the ones before it, and itself.
 ORDER = [
     "errors",
+    "distributed",
     "ranges",
     "order_statistics",
     "losses",

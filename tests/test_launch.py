@@ -327,7 +327,7 @@ def test_a_run_folder_in_use(undisturbed):
     try:
         assert holder.stdout.readline() == b"locked\n"
         message = refused(*SMALL, f"--workdir={undisturbed}")
-        assert f"in use by another process (pid {holder.pid})" in message
+        assert f"in use by another process (pid {holder.pid} on " in message
     finally:
         holder.kill()
         holder.communicate()

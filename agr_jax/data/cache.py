@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from agr_jax import distributed
 from agr_jax.data.dataset import Allocate, Dataset, Split
 from agr_jax.errors import DataError
 
@@ -70,7 +71,7 @@ def load_or_build(
         _forget_abandoned(folder)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
     except OSError as error:
-        print(f"no cache of decoded images: {folder} cannot be written: {error}", flush=True)
+        distributed.say(f"no cache of decoded images: {folder} cannot be written: {error}")
         return build(np.empty)
     try:
         dataset = build(_OnDisk(partial))
@@ -78,7 +79,7 @@ def load_or_build(
             _write(partial, dataset)
             _publish(partial, entry)
         except OSError as error:
-            print(f"no cache of decoded images: {folder} cannot be written: {error}", flush=True)
+            distributed.say(f"no cache of decoded images: {folder} cannot be written: {error}")
             return dataset
     finally:
         # What is mapped from there stays readable.
@@ -211,7 +212,7 @@ def _load(entry: Path, path: Path) -> Dataset | None:
         reason = "a file is missing"
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         reason = str(error)
-    print(f"decoding again: the cache {entry} is damaged: {reason}", flush=True)
+    distributed.say(f"decoding again: the cache {entry} is damaged: {reason}")
     shutil.rmtree(entry, ignore_errors=True)
     return None
 

@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from agr_jax import distributed
 from agr_jax.data import cache
 from agr_jax.data.dataset import Split
 from agr_jax.errors import DataError
@@ -153,10 +154,9 @@ def _unpacked(
     folder = cache.default_folder() if folder is None else folder
     target = folder / f"extra-{cache.fingerprint(path)}.npy"
     if not target.is_file():
-        print(
+        distributed.say(
             f"{path}: compressed; unpacking {info.file_size / 1e9:.1f} GB into {folder} "
             "(numpy.savez makes files that are memory-mapped)",
-            flush=True,
         )
         folder.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".partial-{target.name}.{os.getpid()}")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from agr_jax import sharding
+from agr_jax import distributed, sharding
 from agr_jax.data.batches import epoch_permutation
 from agr_jax.data.dataset import Split
 from agr_jax.errors import DataError
@@ -131,14 +131,17 @@ class Feed:
 
     Args:
         images: of the run.
-        mesh: devices that share each batch.
+        mesh: devices that share each batch, of all processes.
         budget_mb: megabytes (10^6 bytes) that the images may take on each device; 0 for 30 % of
             its memory, or on CPU, where the devices share it, a quarter of the machine's.
     """
 
     def __init__(self, images: TrainingImages, mesh: Mesh, *, budget_mb: int = 0) -> None:
         self._images, self._mesh = images, mesh
-        budget = budget_mb * 10**6 or _budget(list(mesh.devices.flat))
+        # Another budget in another process would be another program there.
+        budget = budget_mb * 10**6 or distributed.from_first(
+            lambda: _budget(sharding.local_devices(mesh))
+        )
         self.on_device = images.nbytes <= budget
         self._everything: dict[str, jax.Array] = {}
         if self.on_device:
@@ -148,7 +151,7 @@ class Feed:
                 "images": pixels[0] if len(parts) == 1 else np.concatenate(pixels),
                 "labels": labels[0] if len(parts) == 1 else np.concatenate(labels),
             }
-            self._everything = jax.device_put(whole, sharding.replicated(mesh))
+            self._everything = sharding.put(whole, sharding.replicated(mesh))
 
     def epoch(
         self, order: np.ndarray, batch_sizes: Sequence[int], first: int
@@ -164,18 +167,18 @@ class Feed:
             Arguments that all steps share, and those of each step.
         """
         if self.on_device:
-            permutation = jax.device_put(order, sharding.replicated(self._mesh))
+            permutation = sharding.put(order, sharding.replicated(self._mesh))
             shared = {**self._everything, "permutation": permutation}
             return shared, ({"batch_size": size} for size in batch_sizes[first:])
         pieces = np.split(order, np.cumsum(batch_sizes))[: len(batch_sizes)]
         return {}, prefetched(pieces[first:], self._load)
 
     def _load(self, rows: np.ndarray) -> dict[str, jax.Array]:
-        """A batch on its way to the devices."""
-        images, labels = self._images.batch(rows)
-        return jax.device_put(
-            {"images": images, "labels": labels}, sharding.batch_sharding(self._mesh)
+        """A batch on its way to the devices: of several processes each reads its own rows."""
+        images, labels = sharding.put_rows(
+            lambda part: self._images.batch(rows[part]), len(rows), self._mesh
         )
+        return {"images": images, "labels": labels}
 
     def describe(self) -> str:
         """For the first lines of a run."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agr_jax import distributed
 from agr_jax.config import Config, imported
 from agr_jax.data import cache, tfds_reader
 from agr_jax.data.cifar import CIFAR10, CIFAR100
@@ -315,10 +316,9 @@ def fetch(official: Official) -> Path:
     """
     base = Path(os.environ.get("TFDS_DATA_DIR") or default_tfds_folder()).expanduser()
     path = base / "downloads" / "manual" / official.archive
-    print(
+    distributed.say(
         f"{official.title}: not on this machine; downloading {official.archive_bytes / 1e6:.0f} MB "
         f"from {official.address} to {path}",
-        flush=True,
     )
     return download(official.address, path, size=official.archive_bytes, checksum=official.checksum)
 

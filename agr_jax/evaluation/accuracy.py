@@ -43,7 +43,7 @@ def correct_under_attack(
         attack: `None` for the clean images.
         split: images and labels.
         seed: of the attack.
-        batch_size: images at a time; the last batch is filled up, so that one program serves all.
+        batch_size: images at a time; the last batch is filled up with its last image.
         mesh: devices to share each batch.
         progress: advanced by one per batch.
         journal: of the batches that are done.
@@ -56,13 +56,11 @@ def correct_under_attack(
         NonFiniteLossError: if the attack's images, or the logits there, are NaN.
     """
     batch_size = min(batch_size, len(split.labels))
-    batch_size += -batch_size % mesh.size
     root = jax.random.key(seed)
     masks, blind = [], 0
     for start, stop in evaluation_batches(len(split.labels), batch_size):
-        # The last batch repeats its last image until it is full.
-        rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
-        record = None if journal is None else journal.next("batch", rows[: stop - start])
+        rows = np.arange(start, stop)
+        record = None if journal is None else journal.next("batch", rows)
         if record is not None:
             masks.append(~record.fooled)
             blind += int(record.zero_gradients)
@@ -70,24 +68,27 @@ def correct_under_attack(
                 progress.advance()
             continue
         started = time.perf_counter()
-        keys = jax.vmap(functools.partial(jax.random.fold_in, root))(rows)
-        batch = jax.device_put(
-            (split.images[rows], split.labels[rows], keys), sharding.batch_sharding(mesh)
+        # One program serves all batches.
+        filled = sharding.filled_up(rows, mesh, batch_size)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, root))(filled)
+        batch = sharding.put(
+            (split.images[filled], split.labels[filled], keys), sharding.batch_sharding(mesh)
         )
         with jax.default_matmul_precision("float32"):
-            correct, defined, no_gradient = _correct(attack, classifier, *batch)
-        if not bool(defined.all()):
+            found = sharding.get(_correct(attack, classifier, *batch))
+        correct, defined, no_gradient = (part[: len(rows)] for part in found)
+        if not defined.all():
             under = "no attack" if attack is None else type(attack).__name__
             raise NonFiniteLossError(
                 f"images {start} to {stop - 1} under {under}: the network's logits, or their "
                 "gradient, are NaN for some, which says nothing of its robustness"
             )
-        masks.append(np.asarray(correct)[: stop - start])
-        zero_gradients = int(np.asarray(no_gradient)[: stop - start].sum())
+        masks.append(correct)
+        zero_gradients = int(no_gradient.sum())
         blind += zero_gradients
         if journal is not None:
             seconds = time.perf_counter() - started
-            record = BatchRecord.of_mask(rows[: stop - start], ~masks[-1], seconds, zero_gradients)
+            record = BatchRecord.of_mask(rows, ~masks[-1], seconds, zero_gradients)
             journal.add("batch", record)
         if progress is not None:
             progress.advance()

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agr_jax import distributed
 from agr_jax.attacks import PGD, Attack, AutoAttack, named
 from agr_jax.attacks._pgd import too_short
 from agr_jax.data import Split, to_unit_range
@@ -85,7 +86,7 @@ def _subject(
 ) -> tuple[_Subject, dict[str, Any]]:
     """A checkpoint's network and images, and its record before any attack."""
     # What the held-out split scored, and so what is best, is the average where one is kept.
-    averaged = name != "last" and (checkpoint / "average").is_dir()
+    averaged = distributed.from_first(lambda: name != "last" and (checkpoint / "average").is_dir())
     classifier, about = run.load_classifier(checkpoint, "average" if averaged else "variables")
     digests = {"network": digest(classifier), "images": digest([split.images, split.labels])}
     attack = run.config.attack
@@ -124,25 +125,30 @@ def _evaluate_attacks(
         if earlier:
             record["earlier"] = earlier
         record_files.write(path, record)
-        for where in done:
-            shutil.rmtree(where, ignore_errors=True)
-        if {left.name for left in unfinished.iterdir()} == {".lock"}:
-            shutil.rmtree(unfinished)
+        distributed.from_first(functools.partial(_forget, unfinished, done))
     return record
+
+
+def _forget(unfinished: Path, done: Sequence[Path]) -> None:
+    """Removes the batches of attacks that are in the record."""
+    for where in done:
+        shutil.rmtree(where, ignore_errors=True)
+    if {left.name for left in unfinished.iterdir()} == {".lock"}:
+        shutil.rmtree(unfinished)
 
 
 def _carried_over(
     path: Path, record: Mapping[str, Any], meant: record_files.Maker
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a file has of this evaluation, and what else it has, which stays in it too."""
-    stored = record_files.read(path)
+    stored = distributed.from_first(lambda: record_files.read(path))
     # The images' digest is the same wherever they are stored, while what describes them names the
     # folder; but files of earlier versions have no digests.
     images = "digests" if "digests" in stored else "data"
     asked = {name: record[name] for name in ("step", "seed", "examples", images)}
     kept, earlier, moved = record_files.carry_over(stored, meant, asked)
     for result in moved:
-        print(f"{path}: {result.name} is kept under 'earlier': {result.reason}", flush=True)
+        distributed.say(f"{path}: {result.name} is kept under 'earlier': {result.reason}")
     return kept, earlier
 
 
@@ -157,7 +163,7 @@ def _continued(
         try:
             return evaluate(folder), folder
         except OtherEvaluationError as error:
-            print(f"beginning again in another folder: {error}", flush=True)
+            distributed.say(f"beginning again in another folder: {error}")
             folder = folder.with_name(f"{folder.name.partition('.other-')[0]}.other-{number}")
     raise AssertionError("there is always another number")
 
@@ -206,7 +212,7 @@ def _evaluate_single(
     absent = {n: str(value) for n, value in record_files.default_settings(attack).items()}
     examples = len(subject.split.labels)
     batch_size = min(most, examples)
-    batches = -(-examples // (batch_size + -batch_size % run.mesh.size))
+    batches = -(-examples // batch_size)
     messages: list[str] = []
     with Progress(name, batches, unit="batch") as progress:
         correct = correct_under_attack(

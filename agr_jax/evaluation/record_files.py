@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agr_jax import distributed
 from agr_jax.attacks import Attack, named
 from agr_jax.errors import ConfigError
 from agr_jax.files import write_atomically
@@ -174,7 +175,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError:  # no JSON, or no UTF-8
         pass
     aside = set_aside(path)
-    print(f"{path} is damaged, and is kept as {aside.name}", flush=True)
+    distributed.say(f"{path} is damaged, and is kept as {aside.name}")
     return {}
 
 

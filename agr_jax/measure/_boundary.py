@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from agr_jax import sharding
 from agr_jax.attacks import LogitsFn
 from agr_jax.data import Split
 from agr_jax.data.dataset import PART_SEED, representative_order
-from agr_jax.measure._test_images import as_floats
+from agr_jax.measure._test_images import as_floats, shared
 from agr_jax.models import Classifier
 from agr_jax.runs import Run
 
@@ -34,16 +35,18 @@ def boundary(run: Run, classifier: Classifier) -> dict[str, Any]:
     predict = jax.jit(lambda classifier, x: jnp.argmax(classifier(x), axis=1))
     correct: list[int] = []
     for start in range(0, len(labels), 500):
-        found = np.asarray(predict(classifier, images[start : start + 500]))
+        part = shared(images[start : start + 500], run.mesh)
+        found = sharding.get(predict(classifier, part))
         correct += [start + int(i) for i in np.flatnonzero(found == labels[start : start + 500])]
         if len(correct) >= settings.images:
             break
     rows = np.array(correct[: settings.images], int)
+    chosen = shared(images[rows], run.mesh) if len(rows) else images[rows]
     steps = [
-        np.asarray(
+        sharding.get(
             steps_to_boundary(
                 classifier,
-                images[rows],
+                chosen,
                 jax.random.fold_in(key, direction),
                 most=settings.most_steps,
             )

@@ -10,7 +10,7 @@ import numpy as np
 
 from agr_jax import losses, methods
 from agr_jax.data.dataset import part_of
-from agr_jax.measure._test_images import as_floats
+from agr_jax.measure._test_images import as_floats, shared
 from agr_jax.models import Classifier
 from agr_jax.runs import Run
 
@@ -31,12 +31,14 @@ def landscape(run: Run, classifier: Classifier) -> dict[str, Any]:
     config, dataset = run.config, run.dataset
     settings = config.measure
     part = part_of(dataset.test, min(settings.images, len(dataset.test)))
-    images, labels = as_floats(dataset.test.take(part.rows))
+    batch = shared(as_floats(dataset.test.take(part.rows)), run.mesh)
     key = jax.random.fold_in(jax.random.key(config.seed), 5)
     attack = methods.validation_attack(config.attack)
 
     @jax.jit
-    def at(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
+    def at(
+        classifier: Classifier, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         adversarial = attack(classifier, images, labels, key)
         return tuple(  # type: ignore[return-value]
             losses.cross_entropy(classifier(x), labels).mean() for x in (images, adversarial)
@@ -50,13 +52,13 @@ def landscape(run: Run, classifier: Classifier) -> dict[str, Any]:
         ("raw", drawn, RAW_SPAN),
     ):
         alphas = np.linspace(-span, span, settings.points)
-        values = [at(_moved(classifier, direction, alpha)) for alpha in alphas]
+        values = [at(_moved(classifier, direction, alpha), *batch) for alpha in alphas]
         curves[name] = {
             "alpha": alphas.tolist(),
             "clean_loss": [float(clean) for clean, _ in values],
             "adversarial_loss": [float(adversarial) for _, adversarial in values],
         }
-    return {"images": len(labels), "selection": str(part), **curves}
+    return {"images": len(part.rows), "selection": str(part), **curves}
 
 
 def gaussian_like(key: jax.Array, params: PyTree) -> PyTree:

@@ -110,7 +110,13 @@ def _changes(
     return found, leaves
 
 
-def _batches(run: Run, key: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
+def _part_of_batch(
+    images: TrainingImages, rows: np.ndarray, part: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    return images.batch(rows[part])
+
+
+def _batches(run: Run, key: jax.Array) -> Iterator[list[jax.Array]]:
     """Batches of the training set on the devices, `measure.batches` of them."""
     images, count = TrainingImages(run.dataset.train), run.config.measure.batches
     sizes = [run.config.batch_size] * (len(run.dataset.train) // run.config.batch_size)
@@ -119,7 +125,9 @@ def _batches(run: Run, key: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
         order = images.order(key, epoch, sizes)
         rows += np.split(order[: sum(sizes)], len(sizes))
     for chosen in rows[:count]:
-        yield jax.device_put(images.batch(chosen), sharding.batch_sharding(run.mesh))
+        yield sharding.put_rows(
+            functools.partial(_part_of_batch, images, chosen), len(chosen), run.mesh
+        )
 
 
 def _mean_and_deviation(values: list[Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from agr_jax import distributed
 from agr_jax.errors import CheckpointError
 
 PyTree = Any
@@ -62,6 +63,7 @@ class Checkpoints:
                 preservation_policy=AnyPreservationPolicy(policies),
                 best_fn=_selection_metric if select_best else None,
                 best_mode="max",
+                cleanup_tmp_directories=True,  # what a kill left half-written
             ),
         )
 
@@ -105,6 +107,9 @@ class Checkpoints:
             CheckpointError: if a pending write failed.
         """
         self.wait()
+        return distributed.from_first(self._latest_on_disk)
+
+    def _latest_on_disk(self) -> int | None:
         steps = _whole_checkpoints(self.folder)
         return int(steps[-1].name) if steps else None
 
@@ -124,6 +129,8 @@ class Checkpoints:
             yield
         # Orbax and tensorstore report a full disk as OSError or as ValueError.
         except (OSError, ValueError) as error:
+            if distributed.is_about_lost_process(error):
+                raise
             reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
             raise CheckpointError(
                 f"{self.folder}: a checkpoint could not be written ({reason}); "
@@ -140,6 +147,8 @@ class Checkpoints:
 def find(path: Path, which: str = "last") -> Path:
     """The checkpoint that a path means: itself, or one of a run folder.
 
+    Of several processes that work together the first one looks.
+
     Args:
         path: a checkpoint (`RUN/checkpoints/STEP`) or a run folder.
         which: `"last"`, `"average"` (the last one, which must hold a moving average), or `"best"`
@@ -148,8 +157,12 @@ def find(path: Path, which: str = "last") -> Path:
     Raises:
         CheckpointError: if there is none.
     """
+    return Path(distributed.from_first(lambda: str(_find(path, which))))
+
+
+def _find(path: Path, which: str = "last") -> Path:
     if which == "average":
-        last = find(path)
+        last = _find(path)
         if not (last / "average").is_dir():
             raise CheckpointError(
                 f"{last}: holds no moving average (--config.averaging.decay=0.999 keeps one)"
@@ -183,6 +196,8 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             about = reader.restore(checkpoint / "about", args=ocp.args.JsonRestore())
     except Exception as error:  # Orbax raises bare exceptions on damaged files
+        if distributed.is_about_lost_process(error):
+            raise
         raise CheckpointError(f"{checkpoint}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(about, dict):
         raise CheckpointError(f"{checkpoint}: cannot be read as a checkpoint: its 'about' is empty")
@@ -210,6 +225,8 @@ def restore(checkpoint: Path, item: str, like: PyTree) -> PyTree:
             wanted = ocp.args.StandardRestore(jax.tree.map(abstract, like))
             return reader.restore(checkpoint / item, args=wanted)
     except Exception as error:  # Orbax raises bare exceptions on damaged files
+        if distributed.is_about_lost_process(error):
+            raise
         raise CheckpointError(
             f"{checkpoint}: its {item!r} are damaged or of another model or optimiser: "
             + str(error).split(" [tensorstore_spec")[0]

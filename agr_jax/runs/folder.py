@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from agr_jax import config as config_module
+from agr_jax import distributed
 from agr_jax.config import Config
 from agr_jax.errors import RunFolderError
 from agr_jax.files import write_atomically
@@ -60,30 +62,44 @@ def default_folder(config: Config) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and holds it for this process; the system frees it however we end.
 
+    Of several processes that work together the first one holds it for all.
+
     Raises:
-        RunFolderError: if another process holds it, or it cannot be written.
+        RunFolderError: if another process holds it, it cannot be written, or it is not one folder
+            for all processes.
     """
+    held: list[int] = []
+    distributed.from_first(lambda: held.append(_lock(folder)))
+    try:
+        distributed.check_shared_folder(folder)
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """An open file, locked until it is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RunFolderError(f"run folder {folder}: cannot be written: {error}") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = (folder / ".lock").read_text().strip() or "unknown"
-            raise RunFolderError(
-                f"run folder {folder} is in use by another process (pid {owner}); "
-                "wait for it, stop it, or give another --workdir"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(descriptor)
+        owner = (folder / ".lock").read_text().strip() or "unknown"
+        raise RunFolderError(
+            f"run folder {folder} is in use by another process ({owner}); "
+            "wait for it, stop it, or give another --workdir"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
 
 
+@distributed.decided_by_first
 def check_same_run(
     folder: Path,
     config: Config,
@@ -121,6 +137,7 @@ def check_same_run(
         raise RunFolderError(f"run folder {folder} holds another run ({listed}); {advice}")
 
 
+@distributed.decided_by_first
 def check_data(folder: Path, digests: Mapping[str, str]) -> None:
     """Refuses to continue a run with other images than it was trained on.
 

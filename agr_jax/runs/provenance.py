@@ -21,6 +21,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": f"{mesh.size} x {device.device_kind} ({device.platform})",
+        **({"processes": jax.process_count()} if jax.process_count() > 1 else {}),
     }
 
 

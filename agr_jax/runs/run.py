@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from agr_jax import config as config_module
-from agr_jax import data, models, sharding
+from agr_jax import data, distributed, models, sharding
 from agr_jax.config import Config
 from agr_jax.data import Dataset, Split
 from agr_jax.data.dataset import Part, part_of
@@ -44,8 +44,14 @@ class Run:
 
         Raises:
             DataError: if the data set is not found, or not what it should be.
+            ConfigError: if several processes work together, and their images differ.
         """
-        return cls(config, folder, data.from_config(config), sharding.data_mesh())
+        dataset = data.from_config(config)
+        distributed.check_same(
+            {f"digest of the {name} images": digest for name, digest in dataset.digests.items()},
+            "give all the same images",
+        )
+        return cls(config, folder, dataset, sharding.data_mesh())
 
     def with_eval(self, **fields: Any) -> Run:
         """The same run with other fields of `config.eval`."""

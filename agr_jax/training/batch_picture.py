@@ -45,13 +45,12 @@ def save_picture(
     images, labels = (part[:count] for part in batch)
     if len(labels) < count or images.shape[-1] not in (1, 3):
         return
-    inputs = jax.jit(trainer.inputs)(
-        state, *jax.device_put((images, labels), sharding.batch_sharding(trainer.mesh)), key
-    )
+    where = sharding.batch_sharding(trainer.mesh)
+    inputs = jax.jit(trainer.inputs)(state, *sharding.put((images, labels), where), key)
     content = batch_picture(
         images,
-        np.asarray(inputs.images),
-        np.asarray(inputs.adversarial),
+        sharding.get(inputs.images),
+        sharding.get(inputs.adversarial),
         [class_names[label] for label in labels],
     )
     if content is not None:

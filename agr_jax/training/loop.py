@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from agr_jax import leaf_names, methods, sharding
+from agr_jax import distributed, leaf_names, methods, sharding
 from agr_jax.attacks import named
 from agr_jax.config import Config
 from agr_jax.data.extra import read_extra
@@ -47,6 +47,8 @@ from agr_jax.training.step import Trainer, TrainState
 # Steps that may be dispatched before the oldest one's metrics are read: enough to keep a device
 # busy, few enough for the bar to be honest.
 _STEPS_IN_FLIGHT = 2
+# Of several processes, name of the flag that says which was asked to stop.
+_STOP = "stop"
 
 
 def train_run(config: Config, folder: Path) -> int:
@@ -64,7 +66,7 @@ def train_run(config: Config, folder: Path) -> int:
     """
     with locked(folder):
         run = Run.from_config(config, folder)
-        print(run.dataset.describe(), flush=True)
+        distributed.say(run.dataset.describe())
         _check_before_start(run)
         trainer = Trainer.from_run(run)
         images = training_images(run)
@@ -75,9 +77,9 @@ def train_run(config: Config, folder: Path) -> int:
         if interrupted:
             return 128 + interrupted
         records = evaluate_run(run)
-        print(f"\n{config.name}, {folder}\n\n{render_table(records)}", flush=True)
+        distributed.say(f"\n{config.name}, {folder}\n\n{render_table(records)}")
         if config.data.validation_examples == 0:
-            print(
+            distributed.say(
                 "No best checkpoint: nothing was held out to select it on "
                 "(--config.data.validation_examples=N)."
             )
@@ -118,9 +120,8 @@ def training_images(run: Run) -> TrainingImages:
     if not data.extra:
         return TrainingImages(dataset.train)
     extra = read_extra(data.extra, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
-    print(
+    distributed.say(
         f"extra: {len(extra):,} images from {data.extra}, {data.extra_fraction:.0%} of each batch",
-        flush=True,
     )
     return TrainingImages(dataset.train, extra, data.extra_fraction, run.config.seed)
 
@@ -169,7 +170,7 @@ def _train(run: Run, trainer: Trainer, images: TrainingImages, stop: StopOnSigna
         log.forget_after(position.step)
         diagnostics = _open_diagnostics(run, position)
         feed = Feed(images, run.mesh, budget_mb=config.data.device_budget_mb)
-        print(run_log.plan(run, trainer, position.state, feed), flush=True)
+        distributed.say(run_log.plan(run, trainer, position.state, feed))
         total = config.epochs * trainer.steps_per_epoch
         with (
             Progress("training", total, initial=position.step) as progress,
@@ -230,6 +231,7 @@ class _Loop:
             position = _Position(position.state, EpochMeter())
             if scores or self._is_kept(epoch + 1):  # the best epoch must be there to be chosen
                 self._save(position, scores.get(selection_metric(self.trainer.method)))
+            self.stop.agree()
             if self.stop.signal is not None:
                 return self._leave(position, self.stop.signal)
         return 0
@@ -262,12 +264,17 @@ class _Loop:
 
         def read_oldest() -> None:
             number, size, metrics = in_flight.popleft()
+            if _STOP in metrics:
+                self.stop.hear(metrics.pop(_STOP))
             read = meter.read(number, size, metrics)
             if self.diagnostics is not None:
                 self.diagnostics.add(number, read)
 
         started = time.perf_counter()
         for (number, size), arguments in steps:
+            flag = self.stop.flag(self.run.mesh)
+            if flag is not None:
+                arguments |= {_STOP: flag}
             state, metrics = step(state, **arguments)
             in_flight.append((number, size, metrics))
             if len(in_flight) > _STEPS_IN_FLIGHT:
@@ -288,8 +295,9 @@ class _Loop:
         def compiled(method: methods.Method) -> Callable[..., Any]:
             own = dataclasses.replace(self.trainer, method=method)
             on_device = self.feed.on_device
+            step = own.step if on_device else own.step_on_batch
             return jax.jit(
-                own.step if on_device else own.step_on_batch,
+                _with_stop(step) if distributed.current().count > 1 else step,
                 static_argnames=["clean_gradient", *(["batch_size"] if on_device else [])],
                 donate_argnames="state",
                 # What comes out must be placed as what went in, or the second step would compile
@@ -353,6 +361,17 @@ class _Loop:
             f"in {self.run.folder}; the same command resumes it"
         )
         return number
+
+
+def _with_stop(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that also tells every process what one was asked to do."""
+
+    @functools.wraps(step)
+    def both(state: TrainState, *, stop: jax.Array, **arguments: Any) -> Any:
+        state, metrics = step(state, **arguments)
+        return state, {**metrics, _STOP: jnp.max(stop)}
+
+    return both
 
 
 @jax.jit

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from agr_jax import sharding
+from agr_jax import distributed, sharding
 from agr_jax.errors import ConfigError
 from agr_jax.runs import Run, checkpoints
 from agr_jax.runs.checkpoints import Checkpoints
@@ -59,19 +58,19 @@ def resume_or_branch(
     variables = checkpoints.restore(source, "variables", fresh.variables)
     state = dataclasses.replace(
         fresh,
-        step=jax.device_put(jnp.asarray(step, jnp.int32), sharding.replicated(trainer.mesh)),
+        step=sharding.put(np.int32(step), sharding.replicated(trainer.mesh)),
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=checkpoints.restore(source, "optimizer", fresh.opt_state),
     )
     if trainer.average_decay:
         # The average of a branch begins at its base where the base kept none.
-        has_average = (source / "average").is_dir()
+        has_average = distributed.from_first((source / "average").is_dir)
         average = checkpoints.restore(
             source, "average" if has_average else "variables", fresh.variables
         )
         state = dataclasses.replace(state, average=average)
-    print(f"resuming from {source}, step {step}", flush=True)
+    distributed.say(f"resuming from {source}, step {step}")
     return state, EpochMeter.from_dict(about["epoch_so_far"]) if resumed else EpochMeter()
 
 

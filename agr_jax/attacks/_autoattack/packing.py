@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 
-def batch_shapes(batch_size: int, on: Mesh | None) -> tuple[int, ...]:
+def batch_shapes(batch_size: int) -> tuple[int, ...]:
     """The full batch, a quarter and a sixteenth of it: all that is ever compiled."""
-    devices = 1 if on is None else on.size
     wanted = {batch_size, *(batch_size // share for share in (4, 16) if batch_size // share >= 8)}
-    return tuple(sorted({-(-size // devices) * devices for size in wanted}, reverse=True))
+    return tuple(sorted(wanted, reverse=True))
 
 
 class Batch(NamedTuple):

@@ -48,24 +48,28 @@ class Placed:
         is_random = ensemble.version == "rand"
         self.draws = ensemble.verdict_draws if is_random else 0
         self.per_device = None if is_random else mesh
-        self.shapes = packing.batch_shapes(min(ensemble.batch_size, len(labels)), mesh)
+        self.shapes = packing.batch_shapes(min(ensemble.batch_size, len(labels)))
         self._logits_fn = logits_fn
         self._differentiated = set(ensemble.sequence) != {"square"}
         self._networks: dict[int, Traced] = {}
         self._copies: dict[int, tuple[Any, Any]] = {}
 
-    def network(self, rows: int) -> Traced:
-        """The network for batches of so many images, its arrays on the devices."""
+    def network(self, shape: int) -> Traced:
+        """The network for batches of a shape, its arrays on the devices."""
+        return self._network(self.filled_up(shape))
+
+    def network_of_device(self, shape: int) -> Traced:
+        """The network for the part of a batch that one device gets."""
+        devices = 1 if self.per_device is None else self.per_device.size
+        return self._network(self.filled_up(shape) // devices)
+
+    def _network(self, rows: int) -> Traced:
         if rows not in self._networks:
             images = jax.ShapeDtypeStruct((rows, *self.images.shape[1:]), self.images.dtype)
             keys = (self.key,) if self.draws else ()
             network = traced_network(self._logits_fn, images, *keys, gradient=self._differentiated)
             self._networks[rows] = self._replicated(network)
         return self._networks[rows]
-
-    def network_of_device(self, shape: int) -> Traced:
-        """The network for the part of a batch that one device gets."""
-        return self.network(shape if self.per_device is None else shape // self.per_device.size)
 
     def traced_again(self, images: jax.Array) -> Traced:
         """The network as it is traced another time: its draws in Python are constants of one."""
@@ -76,15 +80,30 @@ class Placed:
             return network
         for array in jax.tree.leaves(network):  # one copy for all shapes
             if id(array) not in self._copies:
-                copy = jax.device_put(array, sharding.replicated(self.mesh))
+                copy = sharding.put(array, sharding.replicated(self.mesh))
                 self._copies[id(array)] = array, copy
         return jax.tree.map(lambda array: self._copies[id(array)][1], network)
 
     def batch(self, rows: np.ndarray, shape: int, stream: int) -> tuple[Any, Any, Any]:
         """Images, labels and keys of rows, filled up with the last of them."""
-        rows = filled(rows, shape)
+        rows = self.filled(rows, shape)
         keys = _keys_of_images(self.key, stream, rows)
         return self.split((self.images[rows], self.labels[rows], keys))
+
+    def filled(self, rows: np.ndarray, shape: int) -> np.ndarray:
+        """Rows, and the last one again until there are enough for a shape."""
+        return np.concatenate([rows, np.repeat(rows[-1:], self.filled_up(shape) - len(rows))])
+
+    def filled_up(self, shape: int) -> int:
+        """So many images are on the devices for a shape: as many as they can share evenly.
+
+        The shape itself does not depend on the devices: so neither does what is kept on disk.
+        """
+        return shape if self.mesh is None else shape + -shape % self.mesh.size
+
+    def key_of_batch(self, rows: np.ndarray, stream: int) -> jax.Array:
+        """That of its first image, for what a whole batch draws."""
+        return _keys_of_images(self.key, stream, rows[:1])[0]
 
     def batches(self) -> Iterator[tuple[np.ndarray, int]]:
         """All rows, in batches, each with its shape."""
@@ -94,12 +113,7 @@ class Placed:
         """A pytree of rows, over the devices."""
         if self.mesh is None:
             return tree
-        return jax.device_put(tree, sharding.batch_sharding(self.mesh))
-
-
-def filled(rows: np.ndarray, shape: int) -> np.ndarray:
-    """Rows, and the last one again until there are as many as the shape."""
-    return np.concatenate([rows, np.repeat(rows[-1:], shape - len(rows))])
+        return sharding.put(tree, sharding.batch_sharding(self.mesh))
 
 
 def stream_of(member: str) -> int:

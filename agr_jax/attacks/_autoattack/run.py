@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agr_jax import sharding
 from agr_jax.attacks._autoattack import checks, packing
 from agr_jax.attacks._autoattack.members import Ensemble, Member, make_member
-from agr_jax.attacks._autoattack.placed import CLEAN, Placed, filled
+from agr_jax.attacks._autoattack.placed import CLEAN, Placed
 from agr_jax.attacks._autoattack.result import AutoAttackResult
 from agr_jax.attacks._autoattack.search import attack_batch
 from agr_jax.attacks._autoattack.verdicts import judge, share_of_right
@@ -124,9 +125,10 @@ def _clean_predictions(placed: Placed) -> _Clean:
     """
     all_logits, right, predictions = [], [], []
     for rows, shape in placed.batches():
-        images, labels, keys = placed.batch(rows, shape, CLEAN)
-        found = judge(placed.draws, placed.network(shape), images, labels, keys[0])
-        logits, *judged = (np.asarray(part)[: len(rows)] for part in found)
+        images, labels, _ = placed.batch(rows, shape, CLEAN)
+        key = placed.key_of_batch(rows, CLEAN)
+        found = sharding.get(judge(placed.draws, placed.network(shape), images, labels, key))
+        logits, *judged = (part[: len(rows)] for part in found)
         checks.check_finite(logits)
         all_logits.append(logits)
         right.append(judged[0])
@@ -148,22 +150,25 @@ def _one_draw(placed: Placed, adversarial: np.ndarray) -> float | None:
         return None
     shares = []
     for rows, shape in placed.batches():
-        _, labels, keys = placed.batch(rows, shape, CLEAN)
-        points = jnp.asarray(adversarial[filled(rows, shape)])
-        key = jax.random.fold_in(keys[0], 2)
+        _, labels, _ = placed.batch(rows, shape, CLEAN)
+        points = placed.split(jnp.asarray(adversarial[placed.filled(rows, shape)]))
+        key = jax.random.fold_in(placed.key_of_batch(rows, CLEAN), 2)
         share = share_of_right(placed.draws, placed.network(shape), points, labels, key)
-        shares.append(np.asarray(share)[: len(rows)])
+        shares.append(sharding.get(share)[: len(rows)])
     return float(np.concatenate(shares).mean())
 
 
 def _messages_before(placed: Placed, ensemble: Ensemble, num_classes: int) -> list[str]:
     """What may make the result unreliable, seen on the first batch."""
     rows, shape = next(placed.batches())
-    images, labels, keys = placed.batch(rows, shape, CLEAN)
+    images, labels, _ = placed.batch(rows, shape, CLEAN)
     network = placed.network(shape)
-    logits, _, _ = judge(placed.draws, network, images, labels, keys[0])
+    key = placed.key_of_batch(rows, CLEAN)
+    logits = sharding.get(judge(placed.draws, network, images, labels, key)[0])
     found = [checks.probabilities(logits), checks.too_few_classes(num_classes, ensemble.sequence)]
     if not placed.draws:
+        # Whole in every process, and so are the logits, which are compared there.
+        images = jnp.asarray(placed.images[placed.filled(rows, shape)])
         checks.check_batch_independence(network, images)
         found.append(checks.randomised(network, placed.traced_again(images), images))
     return [message for message in found if message is not None]

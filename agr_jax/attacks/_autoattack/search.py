@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from agr_jax import sharding
 from agr_jax.attacks import _calling as calling
 from agr_jax.attacks._autoattack import packing
 from agr_jax.attacks._autoattack.members import Member
-from agr_jax.attacks._autoattack.placed import Placed, filled, stream_of
+from agr_jax.attacks._autoattack.placed import Placed, stream_of
 from agr_jax.attacks._autoattack.verdicts import judge
 from agr_jax.attacks._tracing import Traced
 from agr_jax.journal import BatchRecord
@@ -35,27 +36,29 @@ def attack_batch(placed: Placed, name: str, member: Member, batch: packing.Batch
         blind = np.zeros(len(rows), bool)
     else:
         network = placed.network_of_device(batch.shape)
-        units = jnp.asarray(filled(batch.units, batch.shape))
+        units = placed.split(placed.filled(batch.units, batch.shape))
         fixed, varying = calling.taken_apart(member)
         program = calling.compiled_for(network.program)(run_unit, ("mesh", "fixed"))
         outcome = program(placed.per_device, fixed, varying, network, images, labels, keys, units)
         points = outcome.points
-        blind = np.asarray(jnp.logical_or(*outcome.blind))[: len(rows)]
-    key = jax.random.fold_in(keys[0], 1)
+        blind = sharding.get(jnp.logical_or(*outcome.blind))[: len(rows)]
+    key = jax.random.fold_in(placed.key_of_batch(rows, stream_of(name)), 1)
     network = placed.network(batch.shape)
     _, right, guesses = judge(placed.draws, network, points, labels, key)
     allowed = is_allowed(member.threat, images, points)
-    fooled = np.asarray(~right & allowed)[: len(rows)]
+    guesses, fooled, points = (
+        part[: len(rows)] for part in sharding.get((guesses, ~right & allowed, points))
+    )
     # The first run that fools an image counts, as if the others had not been made.
     needed = packing.until_fooled(rows, fooled)
     fooled, blind = fooled & needed, blind & needed
     return BatchRecord(
         rows=rows,
         fooled=fooled,
-        predictions=np.asarray(guesses)[: len(rows)],
+        predictions=guesses,
         zero_gradients=np.asarray(blind.sum()),
         seconds=np.asarray(time.perf_counter() - started),
-        points=np.asarray(points)[: len(rows)][fooled],
+        points=points[fooled],
     )
 
 
@@ -69,7 +72,7 @@ def _search_in_stages(
     begin = compiled(begin_search, ("fixed",))
     advance = compiled(advance_search, ("mesh", "fixed"))
     state = begin(fixed, varying, placed.network(shape), *arguments)
-    points: Any = np.array(state.points)
+    points: Any = np.array(sharding.get(state.points))
     left = np.arange(len(rows))
     done = 0
     for until in member.stages:
@@ -77,8 +80,9 @@ def _search_in_stages(
         bounds = jnp.int32(done), jnp.int32(until)
         state = advance(placed.per_device, fixed, varying, network, *arguments, state, *bounds)
         done = until
-        points[left] = np.asarray(state.points)[: len(left)]
-        is_open = ~np.asarray(state.fooled)[: len(left)]
+        found = sharding.get((state.points, state.fooled))
+        points[left] = found[0][: len(left)]
+        is_open = ~found[1][: len(left)]
         kept = np.flatnonzero(is_open)
         left = left[kept]
         if not len(left):
@@ -86,20 +90,20 @@ def _search_in_stages(
         smaller = min(other for other in placed.shapes if other >= len(left))
         if smaller < shape:
             shape = smaller
-            state = _reordered(placed, state, filled(kept, shape))
+            state = _reordered(placed, state, placed.filled(kept, shape))
             arguments = placed.batch(rows[left], shape, stream_of(name))
         elif len(kept) < len(is_open):
             # The batch keeps its shape: those that are fooled stay, untouched, at its end.
             order = np.concatenate([kept, np.flatnonzero(~is_open)])
-            order = np.concatenate([order, np.arange(len(order), shape)])
+            order = np.concatenate([order, np.arange(len(order), placed.filled_up(shape))])
             state = _reordered(placed, state, order)
             arguments = tuple(part[order] for part in arguments)
-    return points
+    return placed.split(points)
 
 
 def _reordered(placed: Placed, state: Any, order: np.ndarray) -> Any:
     """A state's rows in another order, or fewer of them, on the devices again."""
-    return placed.split(jax.tree.map(lambda part: np.asarray(part)[order], state))
+    return placed.split(jax.tree.map(lambda part: part[order], sharding.get(state)))
 
 
 def run_unit(
