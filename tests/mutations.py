@@ -227,13 +227,13 @@ FAULTS = [
         "training/step.py",
         "(state.step % self.steps_per_epoch) * self.batch_size",
         "(state.step % self.steps_per_epoch)",
-        "devices train train_methods",
+        "step devices train train_methods",
     ),
     Fault(
         "training/step.py",
         "jax.random.fold_in(key, state.step)",
         "key",
-        "train train_methods devices",
+        "step train train_methods devices",
     ),
     Fault("training/step.py", "(10 + state.step)", "(100 + state.step)", "train_methods"),
     Fault(

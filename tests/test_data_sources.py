@@ -132,6 +132,18 @@ def test_subset_names_the_numbers_of_an_impossible_request():
         class_balanced_subset(split, 2, num_classes=2, seed=0)
 
 
+def test_what_a_seed_holds_out_never_changes():
+    """A branch must hold out what its base did, also with a later version: a fact, not a draw."""
+    split = make_split(np.tile([0, 1, 2], 10))
+    _, held_out = hold_out(split, 9, num_classes=3, seed=0)
+    subset = class_balanced_subset(split, 9, num_classes=3, seed=0)
+    for part, rows in (
+        (held_out, [2, 4, 8, 9, 10, 12, 19, 24, 29]),
+        (subset, [6, 8, 11, 13, 19, 20, 21, 22, 27]),
+    ):
+        assert part.images[:, 0, 0, 0].tolist() == rows
+
+
 def test_hold_out_is_disjoint_balanced_and_whole():
     split = make_split(np.tile([0, 1, 2], 10))
     rest, held_out = hold_out(split, 9, num_classes=3, seed=0)
