@@ -194,14 +194,15 @@ def per_device(
     )
 
 
-def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Refuses a batch that the devices cannot share evenly.
+def check_divisible(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
+    """Refuses a batch that the devices cannot share evenly, in each of its parts.
 
     Raises:
         ConfigError: naming the field, the batch size and the number of devices.
     """
-    if batch_size % mesh.size:
+    if batch_size % (mesh.size * parts):
+        in_parts = f", in {parts} parts (config.accumulate)" if parts > 1 else ""
         raise ConfigError(
-            f"{field}: {batch_size} images cannot be shared evenly by {mesh.size} devices; "
-            f"use a multiple of {mesh.size}"
+            f"{field}: {batch_size} images cannot be shared evenly by {mesh.size} devices"
+            f"{in_parts}; use a multiple of {mesh.size * parts}"
         )

@@ -50,6 +50,7 @@ def _paper() -> ConfigDict:
             "seed": 0,
             "epochs": 200,
             "batch_size": 128,  # unstated in the paper; the published code
+            "accumulate": 1,
             "label_smoothing": 0.0,
             # The published code's order of BatchNorm updates, in its baseline too.
             "batch_stats": "clean_then_adversarial",

@@ -349,6 +349,9 @@ class Config:
         seed: of initialisation, data order, augmentation and attacks.
         epochs: number of passes over the training set.
         batch_size: over all devices.
+        accumulate: in so many parts each batch is attacked and differentiated, one after the other,
+            for less memory; both gradients are averaged before AGR. See
+            `agr_jax.methods.Accumulated`.
         label_smoothing: share of every cross-entropy's target spread evenly over all classes.
         batch_stats: which passes update BatchNorm's running statistics: `clean_then_adversarial`,
             `adversarial`, or `published`, the passes of AGR's published code, which count twice in
@@ -384,6 +387,7 @@ class Config:
     eval: EvalConfig
     precision: PrecisionConfig
     measure: MeasureConfig = MeasureConfig()
+    accumulate: PositiveInt = 1
 
 
 def from_config_dict(values: Mapping[str, Any]) -> Config:

@@ -13,6 +13,7 @@ from agr_jax.methods._training_attack import (
     training_attack,
     validation_attack,
 )
+from agr_jax.methods.accumulated import Accumulated
 from agr_jax.methods.at import AdversarialTraining
 from agr_jax.methods.avmixup import AVmixup
 from agr_jax.methods.awp import AdversarialWeightPerturbation
@@ -26,6 +27,7 @@ __all__ = [
     "METHODS",
     "TRADES",
     "AVmixup",
+    "Accumulated",
     "AdversarialTraining",
     "AdversarialWeightPerturbation",
     "Batch",
@@ -73,6 +75,11 @@ def from_config(config: Config, epoch: int | None = None) -> Method:
         method = METHODS[config.method].from_config(config)
     else:
         raise ConfigError(f"config.method: no such method {config.method!r}")
+    if config.accumulate > 1:
+        try:
+            method = Accumulated(method, config.accumulate)
+        except ValueError as error:
+            raise ConfigError(f"config.accumulate: {error}") from error
     awp = config.awp
     if awp.enabled and (epoch is None or epoch >= awp.start_epoch):
         try:

@@ -94,7 +94,7 @@ def _check_before_start(run: Run) -> None:
     last = len(run.dataset.train.labels) % run.config.batch_size
     if data.last_batch == "keep" and last:
         field = "config.data.last_batch=keep leaves a last batch"
-        sharding.check_divisible(last, run.mesh, field)
+        sharding.check_divisible(last, run.mesh, field, parts=run.config.accumulate)
     for name in ("mean", "std"):
         entries = len(getattr(run.config.model, name))
         if entries not in (1, channels):

@@ -88,7 +88,9 @@ class Trainer:
             ConfigError: on fields that do not fit each other or the devices.
         """
         config, data = run.config, run.config.data
-        sharding.check_divisible(config.batch_size, run.mesh, "config.batch_size")
+        sharding.check_divisible(
+            config.batch_size, run.mesh, "config.batch_size", parts=config.accumulate
+        )
         examples = len(run.dataset.train.labels)
         per_epoch = steps_per_epoch(examples, config.batch_size, data.last_batch)
         model = run.model(jnp.bfloat16 if config.precision.train == "bfloat16" else jnp.float32)
