@@ -31,9 +31,9 @@ ARRANGEMENTS = {
 }
 # version, norm, radius: on this network each leaves some of the images robust and not others.
 BALLS = {
-    "standard": ("standard", "Linf", 0.06),
-    "plus": ("plus", "Linf", 0.06),
-    "l1": ("standard", "L1", 2.0),
+    "standard": ("standard", "linf", 0.06),
+    "plus": ("plus", "linf", 0.06),
+    "l1": ("standard", "l1", 0.8),
 }
 
 

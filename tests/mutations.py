@@ -250,9 +250,9 @@ FAULTS = [
     ),
     Fault(
         "evaluation/accuracy.py",
-        "jax.random.fold_in, root))(rows)",
-        "jax.random.fold_in, root))(rows * 0)",
-        "train silent_robustness",
+        "functools.partial(jax.random.fold_in, root)",
+        "lambda row: jax.random.fold_in(root, 0 * row)",
+        "accuracy train silent_robustness",
     ),
     Fault(
         "evaluation/record_files.py",
