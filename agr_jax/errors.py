@@ -21,6 +21,10 @@ class RunFolderError(UserError, RuntimeError):
     """A run folder that is in use, or that holds a run with another config."""
 
 
+class FolderInUseError(RunFolderError):
+    """A run folder that another process holds at the moment."""
+
+
 class EvaluationStateError(UserError, ValueError):
     """Saved progress of an evaluation that is damaged or belongs to another one."""
 

@@ -42,8 +42,7 @@ def start(
     command: Sequence[str],
     *,
     x64: bool = False,
-    quiet: bool = False,
-    **options: Any,
+    printed: Sequence[Path] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts a command in so many processes of so many CPU devices, as `--process=I` of them.
 
@@ -51,8 +50,7 @@ def start(
         arrangement: such as `2x4`.
         command: of one process.
         x64: with float64.
-        quiet: drop what the processes print.
-        options: of `subprocess.Popen`.
+        printed: a file for each process that gets what it prints; by default that is dropped.
     """
     processes, devices = map(int, arrangement.split("x"))
     environment = {
@@ -62,20 +60,26 @@ def start(
         "JAX_ENABLE_X64": str(int(x64)),
         "PYTHONPATH": str(ROOT),
     }
-    if quiet:
-        options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags: list[list[str]] = [[]]
     if processes > 1:
         together = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
         flags = [[*together, f"--process={index}"] for index in range(processes)]
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *each], cwd=ROOT, env=environment, text=True, **options
-        )
-        for each in flags
-    ]
+    started = []
+    for index, each in enumerate(flags):
+        with open(os.devnull if printed is None else printed[index], "w") as file:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *command, *each],
+                    cwd=ROOT,
+                    env=environment,
+                    text=True,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
 
 
 def wait(running: Sequence[subprocess.Popen[str]], seconds: float = 600) -> list[int]:
@@ -235,7 +239,7 @@ def compare_steps(names: Sequence[str], arrangements: Sequence[str]) -> float:
             found = {}
             for arrangement in arrangements:
                 target = Path(folder) / f"{name}-{arrangement}.npz"
-                run(arrangement, command("steps", name, target), x64=True, quiet=True)
+                run(arrangement, command("steps", name, target), x64=True)
                 with np.load(target) as file:
                     found[arrangement] = {key: file[key] for key in file.files}
             first = found[arrangements[0]]
@@ -264,7 +268,7 @@ def compare_verdicts(names: Sequence[str], arrangements: Sequence[str], seed: in
             first: dict[str, Any] = {}
             for number, arrangement in enumerate(arrangements):
                 target = Path(folder) / f"{name}-{arrangement}.json"
-                run(arrangement, command("verdicts", name, target), quiet=True)
+                run(arrangement, command("verdicts", name, target))
                 found = json.loads(target.read_text())
                 first = first or found
                 title = arrangement
@@ -273,13 +277,13 @@ def compare_verdicts(names: Sequence[str], arrangements: Sequence[str], seed: in
                 other = arrangements[(number + 1) % len(arrangements)]
                 target = Path(folder) / f"{name}-{arrangement}-{other}.json"
                 progress, batches = target.with_suffix(".progress"), generator.randint(1, 12)
-                running = start(arrangement, command("verdicts", name, target), quiet=True)
+                running = start(arrangement, command("verdicts", name, target))
                 while len(list(progress.glob("*.npz"))) < batches and running[0].poll() is None:
                     time.sleep(0.02)
                 generator.choice(running).send_signal(signal.SIGKILL)
                 wait(running, 60)
                 kept = len(list(progress.glob("*.npz")))
-                run(other, command("verdicts", name, target), quiet=True)
+                run(other, command("verdicts", name, target))
                 found = json.loads(target.read_text())
                 title = f"{arrangement}, killed after {kept} batches, then {other}"
                 differing += _report(name, title, first, found)

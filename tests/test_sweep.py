@@ -3,8 +3,11 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from test_report import drawn_whole, rendered, section, settings
 
 from agr_jax import measure
 from agr_jax.config import from_config_dict
-from agr_jax.errors import ConfigError
+from agr_jax.errors import ConfigError, FolderInUseError
 from agr_jax.jobs import sweep
 from agr_jax.report.run_records import read_run
 from agr_jax.runs import Run
@@ -277,3 +280,89 @@ def test_every_plan_loads(path, scale):
     planned = sweep.from_plan(module.get_config(scale))
     assert planned.runs
     assert len({run.name for run in planned.runs}) == len(planned.runs)
+
+
+# ---- in parts
+
+
+def test_parts_share_all_runs(swept):
+    names = [planned.name for planned in swept.runs]
+    for count in (1, 2, 3, 5):
+        parts = [sweep.Part(number, count).of(swept.runs) for number in range(1, count + 1)]
+        assert sorted(p.name for part in parts for p in part) == sorted(names)
+        for part in parts:  # a base of its own comes first
+            own = [planned.name for planned in part]
+            for index, planned in enumerate(part):
+                assert planned.base not in own[index:]
+    assert sweep.Part.from_flag("2/3") == sweep.Part(2, 3)
+    assert sweep.Part.from_flag(None) == sweep.Part(1, 1)
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b"])
+def test_a_part_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match="--part: must be I/N with I from 1 to N, got"):
+        sweep.Part.from_flag(text)
+
+
+def test_a_part_waits_for_a_base_that_another_process_makes(swept, tmp_path, monkeypatch, capsys):
+    """It does not begin while the base is held, and makes nothing of what is done by then."""
+    planned = dataclasses.replace(swept, folder=tmp_path)
+    base, branch = swept.runs[0], swept.runs[1]
+    assert branch.base == base.name
+    made, looks = [], []
+    monkeypatch.setattr(
+        sweep, "_complete", lambda sweep, planned, missing: made.append(planned.name) or 0
+    )
+    missing = {name: ["training"] for name in (base.name, branch.name)}
+    monkeypatch.setattr(
+        sweep, "what_is_missing", lambda sweep, planned: missing.get(planned.name, [])
+    )
+    complete = sweep._complete
+
+    def held_at_first(sweep_, planned_, missing_):
+        if planned_.name == base.name and len(looks) < 2:
+            looks.append(planned_.name)
+            raise FolderInUseError("run folder is in use")
+        missing.pop(planned_.name)
+        return complete(sweep_, planned_, missing_)
+
+    def other_process_finishes(seconds):
+        if len(looks) == 2:
+            missing.pop(base.name)
+
+    monkeypatch.setattr(sweep, "_complete", held_at_first)
+    monkeypatch.setattr(sweep.time, "sleep", other_process_finishes)
+    assert sweep.run(planned, sweep.Part(2, 3)) == 0
+    assert made == [branch.name]
+    assert capsys.readouterr().out.count("waiting: run folder is in use") == 1
+
+
+@pytest.mark.slow
+def test_two_parts_at_once_make_what_one_makes(swept, tmp_path):
+    program = tmp_path / "part.py"
+    program.write_text(
+        "import sys\nfrom pathlib import Path\nfrom test_sweep import tiny, sweep, table1\n"
+        "planned = sweep.from_plan(tiny(table1.get_config('digits')), Path(sys.argv[1]))\n"
+        "sys.exit(sweep.run(planned, sweep.Part.from_flag(sys.argv[2])))\n"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    # The second share is asked for twice: whoever comes later waits, and finds it done.
+    running = [
+        subprocess.Popen(
+            [sys.executable, program, tmp_path / "runs", part],
+            env=environment,
+            cwd=here.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in ("1/2", "2/2", "2/2")
+    ]
+    printed = [each.communicate(timeout=500)[0] for each in running]
+    assert [each.returncode for each in running] == [0, 0, 0], printed
+    for planned in swept.runs:
+        records = [read_run(folder / planned.name) for folder in (swept.folder, tmp_path / "runs")]
+        assert records[0].finished
+        assert records[1].finished
+        for name, found in records[0].attacks.items():
+            np.testing.assert_array_equal(records[1].attacks[name].correct, found.correct)

@@ -70,7 +70,7 @@ def make_runs(request: Request) -> int:
     """Makes the runs of a table or figure that are missing."""
     planned = sweep.from_plan(request.values or {}, request.folder)
     sharding.prepare_backend(deterministic=False)
-    return sweep.run(planned)
+    return sweep.run(planned, sweep.Part.from_flag(request.part))
 
 
 def report(request: Request) -> int:

@@ -33,6 +33,11 @@ def ending_with_one_line() -> Iterator[None]:
         _end(error, "interrupted; the same command resumes it", 130)
     except _Terminated as error:
         _end(error, "terminated; the same command resumes it", 143)
+    except SystemExit as error:
+        if distributed.current().count == 1:
+            raise
+        status = error.code if isinstance(error.code, int) else 1
+        _end(error, f"ended with status {status}", status)
     except OSError as error:  # a full disk, a folder without permission
         _end(error, f"{type(error).__name__}: {error}", 2)
     except Exception as error:

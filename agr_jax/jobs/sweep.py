@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from agr_jax import methods
+from agr_jax import distributed, methods
 from agr_jax.attacks import named
 from agr_jax.config import Config, from_config_dict
-from agr_jax.errors import ConfigError, UserError
+from agr_jax.errors import ConfigError, FolderInUseError, UserError
 from agr_jax.evaluation import record_files
 from agr_jax.evaluation.evaluate import evaluate_run
 from agr_jax.evaluation.table import render_table
@@ -25,6 +26,9 @@ from agr_jax.measure import measure_run
 from agr_jax.runs import Run
 from agr_jax.runs.folder import EVALUATIONS, MEASUREMENTS, METRICS, locked
 from agr_jax.training import optimizers, train_run
+
+# While another process is at a run.
+_SECONDS_BETWEEN_LOOKS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,47 +117,102 @@ def from_plan(values: Mapping[str, Any], folder: Path | None = None) -> Sweep:
     return Sweep(values["sweep"], values["scale"], folder, tuple(runs.values()))
 
 
-def run(sweep: Sweep) -> int:
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of several shares of a sweep's runs, each made by a process of its own.
+
+    Attributes:
+        number: from 1.
+        count: of the shares.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def from_flag(cls, text: str | None) -> Part:
+        """`I/N`; without one, all runs.
+
+        Raises:
+            ConfigError: if it is not of that form.
+        """
+        if text is None:
+            return cls()
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ConfigError(f"--part: must be I/N with I from 1 to N, got {text!r}")
+        return cls(int(number), int(count))
+
+    def of(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+        """This share: every N-th run, those first that wait for no other share's base."""
+        own = list(runs[self.number - 1 :: self.count])
+        names = {planned.name for planned in own}
+        return sorted(own, key=lambda planned: bool(planned.base) and planned.base not in names)
+
+
+def run(sweep: Sweep, part: Part = Part()) -> int:
     """Does what is missing, one run after the other.
 
-    A run that fails is named, and so are its branches, which cannot begin; the others go on.
+    A run that fails is named, and so are its branches, which cannot begin; the others go on. What
+    another process is at is waited for; a base that a share needs and nobody makes, it makes.
+
+    Args:
+        sweep: what is wanted.
+        part: which of its runs; other processes make the others, in the same folder.
 
     Returns:
         0; 1 if a run failed; 128 plus the signal's number if it was interrupted: the same call
         continues.
     """
-    for number, planned in enumerate(sweep.runs, 1):
+    runs = part.of(sweep.runs)
+    for number, planned in enumerate(runs, 1):
         if missing := what_is_missing(sweep, planned):
-            print(f"  {number}/{len(sweep.runs)} {planned.name}: {', '.join(missing)}")
+            distributed.say(f"  {number}/{len(runs)} {planned.name}: {', '.join(missing)}")
     failed: dict[str, str] = {}
-    for number, planned in enumerate(sweep.runs, 1):
-        missing = what_is_missing(sweep, planned)
-        if not missing:
-            continue
-        if planned.base in failed:
-            failed[planned.name] = f"its base {planned.base} failed"
-            continue
-        left = [p for p in sweep.runs[number - 1 :] if p.name not in failed]
-        print(
-            f"\n[{number}/{len(sweep.runs)}] {planned.name}: {time_left(sweep, left)}", flush=True
-        )
-        try:
-            code = _complete(sweep, planned, missing)
-        except UserError as error:
-            failed[planned.name] = str(error)
-            print(f"failed: {planned.name}: {error}", flush=True)
-            continue
-        if code:
-            return code
-        jax.clear_caches()  # the next run compiles programs of its own
+    by_name = {planned.name: planned for planned in sweep.runs}
+    for number, planned in enumerate(runs, 1):
+        left = [p for p in runs[number - 1 :] if p.name not in failed]
+        title = f"[{number}/{len(runs)}] {planned.name}: {time_left(sweep, left)}"
+        for each in (by_name.get(planned.base), planned):
+            code = 0 if each is None else _make(sweep, each, title, failed)
+            if code:
+                return code
     for name, reason in failed.items():
-        print(f"failed: {name}: {reason}")
-    done = len(sweep.runs) - len(failed)
-    print(f"\n{sweep.name} ({sweep.scale}): {done} of {len(sweep.runs)} runs are complete")
-    print(f"python launch.py --job=report --workdir={sweep.folder}")
+        distributed.say(f"failed: {name}: {reason}")
+    done = len(runs) - len([planned for planned in runs if planned.name in failed])
+    distributed.say(f"\n{sweep.name} ({sweep.scale}): {done} of {len(runs)} runs are complete")
+    if part.count == 1:
+        distributed.say(f"python launch.py --job=report --workdir={sweep.folder}")
     return 1 if failed else 0
 
 
+def _make(sweep: Sweep, planned: PlannedRun, title: str, failed: dict[str, str]) -> int:
+    """Makes what a run misses; returns the signal that interrupted it, or 0."""
+    is_waiting = False
+    while planned.name not in failed and (missing := what_is_missing(sweep, planned)):
+        if planned.base in failed:
+            failed[planned.name] = f"its base {planned.base} failed"
+            break
+        if not is_waiting:
+            distributed.say(f"\n{title}")
+        try:
+            if code := _complete(sweep, planned, missing):
+                return code
+        except FolderInUseError as error:
+            if not is_waiting:
+                distributed.say(f"waiting: {error}")
+            is_waiting = True
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            continue
+        except UserError as error:
+            failed[planned.name] = str(error)
+            distributed.say(f"failed: {planned.name}: {error}")
+            break
+        jax.clear_caches()  # the next run compiles programs of its own
+    return 0
+
+
+@distributed.decided_by_first
 def what_is_missing(sweep: Sweep, planned: PlannedRun) -> list[str]:
     """`training`, `evaluation [label]`, `measurement`: what a run still needs."""
     folder = sweep.folder / planned.name
@@ -165,6 +224,7 @@ def what_is_missing(sweep: Sweep, planned: PlannedRun) -> list[str]:
     return missing + [m for m in planned.measurements if not _is_measured(folder, planned, m)]
 
 
+@distributed.decided_by_first
 def trained_epochs(folder: Path) -> int:
     """Number of epochs that a run's metrics report."""
     path = folder / METRICS
@@ -172,6 +232,7 @@ def trained_epochs(folder: Path) -> int:
     return max((record.get("epoch", 0) for record in records), default=0)
 
 
+@distributed.decided_by_first
 def time_left(sweep: Sweep, left: Iterable[PlannedRun]) -> str:
     """An estimate for training, from the seconds that this folder's runs took so far."""
     seconds = work = 0.0
@@ -220,7 +281,7 @@ def _complete(sweep: Sweep, planned: PlannedRun, missing: Sequence[str]) -> int:
         part = whole.with_eval(attacks=each.attacks, examples=each.examples)
         with locked(folder):
             records = evaluate_run(part, label=each.label)
-        print(f"\n{planned.name}\n\n{render_table(records)}", flush=True)
+        distributed.say(f"\n{planned.name}\n\n{render_table(records)}")
     for name in planned.measurements:
         if not _is_measured(folder, planned, name):
             with locked(folder):

@@ -18,7 +18,7 @@ from typing import Any
 from agr_jax import config as config_module
 from agr_jax import distributed
 from agr_jax.config import Config
-from agr_jax.errors import RunFolderError
+from agr_jax.errors import FolderInUseError, RunFolderError
 from agr_jax.files import write_atomically
 
 # Names of what is stored in a run folder.
@@ -65,8 +65,8 @@ def locked(folder: Path) -> Iterator[None]:
     Of several processes that work together the first one holds it for all.
 
     Raises:
-        RunFolderError: if another process holds it, it cannot be written, or it is not one folder
-            for all processes.
+        FolderInUseError: if another process holds it.
+        RunFolderError: if it cannot be written, or is not one folder for all processes.
     """
     held: list[int] = []
     distributed.from_first(lambda: held.append(_lock(folder)))
@@ -90,7 +90,7 @@ def _lock(folder: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         owner = (folder / ".lock").read_text().strip() or "unknown"
-        raise RunFolderError(
+        raise FolderInUseError(
             f"run folder {folder} is in use by another process ({owner}); "
             "wait for it, stop it, or give another --workdir"
         ) from None
