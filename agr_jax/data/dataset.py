@@ -1,11 +1,14 @@
 """In-memory image data sets, checked when they are made, and class-balanced parts of them."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from agr_jax.data.rows import RowReader
 from agr_jax.errors import DataError
 
 # Makes an array of a shape and dtype, in memory as `np.empty`, or on disk.
@@ -58,8 +61,31 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> "Split":
-        """Returns the examples at `indices` (int [M]), in that order."""
+        """Returns the examples at `indices` (int [M]), in that order.
+
+        Of a mapped file, images are read when they are asked for.
+        """
+        if self._reader.is_file:
+            return _Taken(self, indices)
         return Split(self.images[indices], self.labels[indices])
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of some images (int [M]), without the memory of all where they are in a file."""
+        return self._reader(rows)
+
+    @functools.cached_property
+    def _reader(self) -> RowReader:
+        return RowReader(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """`(height, width, channels)`."""
+        return self.images.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all images."""
+        return len(self) * math.prod(self.image_shape)
 
     @property
     def ordered_by_class(self) -> bool:
@@ -71,6 +97,38 @@ class Split:
         shares = np.bincount(self.labels) / len(self)
         if_mixed = 1 - float(np.sum(shares**2))
         return bool((np.diff(self.labels) >= 0).all()) or changes < if_mixed / 2
+
+
+class _Taken(Split):
+    """Some examples of a split whose images are in a file; in memory only if all are asked for."""
+
+    def __init__(self, whole: Split, rows: np.ndarray) -> None:
+        object.__setattr__(self, "labels", whole.labels[rows])
+        object.__setattr__(self, "_whole", whole)
+        object.__setattr__(self, "_rows", np.asarray(rows))
+        if not len(self):
+            raise DataError("a split must hold at least one image, found none")
+
+    _whole: Split
+    _rows: np.ndarray
+
+    @functools.cached_property
+    def images(self) -> np.ndarray:
+        """All of them."""
+        return self.read(np.arange(len(self)))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """From the file; see `Split.read`."""
+        return self._whole.read(self._rows[rows])
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Examples of these; see `Split.take`."""
+        return self._whole.take(self._rows[indices])
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """`(height, width, channels)`."""
+        return self._whole.image_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +202,9 @@ class Dataset:
                     f"{self.name}: label {split.labels[bad[0]]} of {split_name} example {bad[0]} "
                     f"is outside 0..{self.num_classes - 1}"
                 )
-            if split.images.shape[1:] != self.image_shape:
+            if split.image_shape != self.image_shape:
                 raise DataError(
-                    f"{self.name}: {split_name} images are {split.images.shape[1:]}, "
+                    f"{self.name}: {split_name} images are {split.image_shape}, "
                     f"train images are {self.image_shape}"
                 )
 
@@ -158,7 +216,7 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of one image, (H, W, C)."""
-        height, width, channels = self.train.images.shape[1:]
+        height, width, channels = self.train.image_shape
         return height, width, channels
 
     def as_dict(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class TrainingImages:
     @property
     def nbytes(self) -> int:
         """Of all images."""
-        return sum(part.images.nbytes for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
     def as_dict(self) -> dict[str, Any]:
         """What to record of the extra images: JSON values."""
@@ -110,15 +110,15 @@ class TrainingImages:
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of rows, read from where they are."""
         if self.extra is None:
-            return self.train.images[rows], self.train.labels[rows]
-        images = np.empty([len(rows), *self.train.images.shape[1:]], np.uint8)
+            return self.train.read(rows), self.train.labels[rows]
+        images = np.empty([len(rows), *self.train.image_shape], np.uint8)
         labels = np.empty(len(rows), np.int32)
         of_train = rows < len(self.train)
         for part, mine, first in (
             (self.train, of_train, 0),
             (self.extra, ~of_train, len(self.train)),
         ):
-            images[mine] = part.images[rows[mine] - first]
+            images[mine] = part.read(rows[mine] - first)
             labels[mine] = part.labels[rows[mine] - first]
         return images, labels
 
