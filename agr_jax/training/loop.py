@@ -356,10 +356,14 @@ class _Loop:
         self._save(position)
         self.saved.wait()
         total = self.run.config.epochs * self.trainer.steps_per_epoch
-        self.progress.print(
+        line = (
             f"stopped by {signal.Signals(number).name}: step {position.step} of {total} is saved "
             f"in {self.run.folder}; the same command resumes it"
         )
+        if distributed.is_first():
+            self.progress.print(line)
+        else:
+            print(line, flush=True)  # whoever looks at this process's output alone sees it too
         return number
 
 
