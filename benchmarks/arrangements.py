@@ -3,7 +3,7 @@
     python benchmarks/arrangements.py steps      # 10 steps in float64, largest differences
     python benchmarks/arrangements.py verdicts   # AutoAttack, also killed and continued elsewhere
 
-CPU processes of this machine, digits, a network of 1,700 parameters. Each arrangement is compared
+CPU processes of this machine, digits, small networks. Each arrangement is compared
 with one process on one device.
 """
 

@@ -258,8 +258,8 @@ def main() -> None:
                 with options.table.open("a") as file:
                     file.write(row + "\n")
     print(
-        f"{options.faults} faults: {hangs} hangs over {LIMIT:.0f} s ({START_LIMIT:.0f} s at the start; "
-        f"longest {worst:.1f} s), "
+        f"{options.faults} faults: {hangs} hangs over {LIMIT:.0f} s (at the start "
+        f"{START_LIMIT:.0f} s; longest {worst:.1f} s), "
         f"{lost} lost results, {other_bits} ends with other bits"
     )
     sys.exit(int(bool(hangs or lost or other_bits)))

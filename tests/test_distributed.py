@@ -1,5 +1,8 @@
 """How processes find each other, agree and end; the long comparisons are in `benchmarks/`."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -244,3 +247,43 @@ time.sleep(100)
     (last,) = [one for one in printed[1 - process].splitlines() if one.startswith("error: ")]
     assert f"process {1 - process} stops too" in last
     assert "coordination" not in printed[1 - process].lower()
+
+
+@pytest.mark.slow
+def test_what_slurm_tells_two_tasks_on_one_node_connects_them(tmp_path):
+    """As `srun -n 2` sets the environment; the address of process 0 is not given."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom agr_jax import distributed, jobs\n"
+        "with jobs.ending_with_one_line():\n"
+        "    distributed.start(distributed.detect(os.environ))\n"
+        "    assert distributed.from_first(lambda: 'told') == 'told'\n"
+        "    if distributed.current().index == 1:\n"
+        "        os._exit(7)\n"
+        "    import time; time.sleep(60)\n"
+    )
+    job = str(os.getpid())  # the port follows from it
+    common = {
+        **os.environ,
+        **SRUN,
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, program],
+            env={**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    printed = [each.communicate(timeout=60)[0] for each in running]
+    assert [each.returncode for each in running] == [distributed.LOST_PROCESS, 7], printed
+    assert "process 1 of 2" in printed[1]
+    assert "Process 1 has ended without a word" in printed[0]
+    assert "caution" not in "".join(printed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -116,12 +117,19 @@ def _connect(plan: Plan) -> None:
 
 
 def _listening_host(plan: Plan) -> str:
-    """Where the first process can be reached: as given, or by the name that it knows itself by."""
+    """Where the first process can be reached: as given, or at its machine's own address."""
     address = plan.arguments.get("coordinator_address")
     if address is not None:
         return str(address).rpartition(":")[0].strip("[]")
-    name = socket.getfqdn() if current().index == 0 else ""
-    return broadcast(name.encode()).decode()
+    return broadcast(_own_address().encode()).decode()
+
+
+def _own_address() -> str:
+    """Of this machine, on the way to others; its name may stand for the loopback."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # reserved for examples; nothing is sent
+        return str(probe.getsockname()[0])
+    return socket.gethostname()
 
 
 def _code_digest() -> str:
