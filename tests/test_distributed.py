@@ -151,6 +151,14 @@ with jobs.ending_with_one_line():
 """
 
 
+# As the system does with what was not read: the connection is reset, not closed.
+RESET = (
+    "import socket, struct; from agr_jax.distributed import _ending; "
+    "[peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)) "
+    "for peer in _ending.watch._peers.values()]; os._exit(5)"
+)
+
+
 def in_two(tmp_path, body, arrangement="2x1", seconds=60):
     """Runs a body in each process: exit statuses, and what each printed."""
     program = tmp_path / "program.py"
@@ -170,6 +178,8 @@ long = bytes(range(256)) * 40
 assert distributed.broadcast(long if me.index == 0 else b"other") == long
 assert distributed.broadcast(b"") == b""
 assert distributed.from_first(lambda: {{"process": me.index}}) == {{"process": 0}}
+nested = distributed.decided_by_first(lambda: distributed.from_first(lambda: [me.index]))
+assert nested() == [0]
 def fail():
     raise DataError("no such file")
 try:
@@ -192,8 +202,15 @@ except UserError as error:
     assert "not seen by process 1" in str(error), error
 else:
     raise AssertionError
-assert not list(folder.glob("*/.token-*"))
+assert me.index or not list(folder.glob("*/.token-*"))  # the first one removes it
 files.write_atomically(folder / "written", f"by {{me.index}}")
+if me.index == 0:  # the coordinator listens where it was told to, on no other interface
+    port = format(int(given["coordinator"].split(":")[1]), "04X")
+    sockets = [line.split() for name in ("tcp", "tcp6")
+               for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    listening = [where for _, where, _, state, *_ in sockets if state == "0A"]
+    (where,) = [each for each in listening if each.endswith(":" + port)]
+    assert where.endswith("0100007F:" + port), where  # 127.0.0.1, as IPv4 or mapped into IPv6
 import jax
 mesh = sharding.data_mesh()
 rows = np.arange(8.0).reshape(4, 2)
@@ -227,6 +244,7 @@ np.testing.assert_array_equal(each, [0, 0, 1, 1])
         ("os.kill(os.getpid(), 2)", 130, "error: interrupted"),
         ("raise ArithmeticError('a fault of ours')", 1, "error: ArithmeticError: a fault of ours"),
         ("sys.exit(3)", 3, "error: ended with status 3"),
+        (RESET, 5, ""),
     ],
 )
 @pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -21,6 +21,7 @@ from agr_jax.jobs import sweep
 from agr_jax.report.run_records import read_run
 from agr_jax.runs import Run
 from agr_jax.runs.folder import read_config
+from benchmarks import arrangements
 from configs.paper import agr_small, plans, table1
 
 
@@ -366,3 +367,30 @@ def test_two_parts_at_once_make_what_one_makes(swept, tmp_path):
         assert records[1].finished
         for name, found in records[0].attacks.items():
             np.testing.assert_array_equal(records[1].attacks[name].correct, found.correct)
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_sweep_together(swept, tmp_path):
+    program = tmp_path / "together.py"
+    program.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "given = dict(a.removeprefix('--').split('=') for a in sys.argv[1:])\n"
+        "from agr_jax import distributed, jobs\n"
+        "with jobs.ending_with_one_line():\n"
+        "    distributed.start(distributed.detect({}, coordinator=given['coordinator'],\n"
+        "        processes=2, process=int(given['process'])))\n"
+        f"    sys.path.append({str(Path(__file__).parent)!r})\n"
+        "    from test_sweep import tiny, sweep, table1\n"
+        "    planned = sweep.from_plan(tiny(table1.get_config('digits')), Path(given['workdir']))\n"
+        "    status = sweep.run(planned)\n"
+        "    distributed.finish()\n"
+        "    sys.exit(status)\n"
+    )
+    printed = [tmp_path / f"{index}.txt" for index in (0, 1)]
+    command = [str(program), f"--workdir={tmp_path / 'runs'}"]
+    statuses = arrangements.wait(arrangements.start("2x1", command, printed=printed), 500)
+    assert statuses == [0, 0], "\n".join(path.read_text() for path in printed)
+    assert "3 of 3 runs are complete" in printed[0].read_text()
+    assert "complete" not in printed[1].read_text()
+    for planned in swept.runs:
+        assert read_run(tmp_path / "runs" / planned.name).finished

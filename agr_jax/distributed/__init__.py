@@ -14,7 +14,6 @@ from agr_jax.distributed._agreement import (
 )
 from agr_jax.distributed._detection import Plan, detect
 from agr_jax.distributed._ending import (
-    LOST_PROCESS,
     finish,
     is_about_lost_process,
     leave,
@@ -22,6 +21,7 @@ from agr_jax.distributed._ending import (
 )
 from agr_jax.distributed._processes import Processes, current, is_first, say
 from agr_jax.distributed._start import start
+from agr_jax.distributed._watch import LOST_PROCESS
 
 __all__ = [
     "LOST_PROCESS",

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +23,8 @@ from agr_jax.errors import ConfigError, RunFolderError, UserError
 
 Value = TypeVar("Value")
 Parameters = ParamSpec("Parameters")
+# Of the first process: the others wait for what it decides.
+_deciding: ContextVar[bool] = ContextVar("deciding", default=False)
 # Messages are filled up to a power of two, this one at the least: few sizes, few programs.
 _LEAST_BYTES = 1024
 # A network file system may show a new file to other hosts a little later.
@@ -53,7 +56,8 @@ def gather(content: bytes) -> list[bytes]:
 def from_first(function: Callable[[], Value]) -> Value:
     """What a function gives in the first process, or the error that it raises there, in all.
 
-    For what depends on files or on this machine, so that all processes go the same way.
+    For what depends on files or on this machine, so that all processes go the same way. Within
+    such a function another one is only called: the others are not there to be told.
 
     Args:
         function: called in the first process alone; gives a JSON value.
@@ -61,14 +65,17 @@ def from_first(function: Callable[[], Value]) -> Value:
     Raises:
         UserError: that of the first process, of the same class.
     """
-    if current().count == 1:
+    if current().count == 1 or _deciding.get():
         return function()
     told: dict[str, Any] = {}
     if is_first():
+        before = _deciding.set(True)
         try:
             told = {"value": function()}
         except UserError as error:
             told = {"error": type(error).__name__, "message": str(error)}
+        finally:
+            _deciding.reset(before)
     told = json.loads(broadcast(json.dumps(told).encode()))
     if "error" in told:
         raise getattr(errors, told["error"], UserError)(told["message"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from agr_jax.errors import ConfigError
@@ -21,6 +21,7 @@ _SLURM = (
     "SLURM_PROCID",
     "SLURM_LOCALID",
 )
+HasPackage = Callable[[str], bool]
 _ADVICE = "give --coordinator=HOST:PORT --processes=N --process=I, or --distributed=off"
 
 
@@ -46,7 +47,7 @@ def detect(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
-    has_package: Any = None,
+    has_package: HasPackage | None = None,
 ) -> Plan:
     """The plan for a process.
 
@@ -111,26 +112,23 @@ def _explicit(coordinator: str, processes: int, process: int) -> Plan:
     )
 
 
-def _open_mpi(environ: Mapping[str, str], has_package: Any) -> Plan | None:
+def _open_mpi(environ: Mapping[str, str], has_package: HasPackage) -> Plan | None:
     if "OMPI_COMM_WORLD_SIZE" not in environ:
         return None
     if environ["OMPI_COMM_WORLD_SIZE"] == "1":
         return Plan("alone")
     if "OMPI_MCA_orte_hnp_uri" in environ:  # up to Open MPI 4
         return Plan("connect", _devices_of_local_rank(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"))
-    if has_package("mpi4py"):
-        return Plan("connect", {"cluster_detection_method": "mpi4py"})
-    raise ConfigError(
-        f"Open MPI 5 started {environ['OMPI_COMM_WORLD_SIZE']} processes, which JAX connects with "
-        f"the package mpi4py: install it; or {_ADVICE}"
-    )
+    return _by_mpi4py(f"Open MPI 5 started {environ['OMPI_COMM_WORLD_SIZE']}", has_package)
 
 
-def _slurm(environ: Mapping[str, str], has_package: Any) -> Plan | None:
+def _slurm(environ: Mapping[str, str], has_package: HasPackage) -> Plan | None:
     if "SLURM_JOB_ID" not in environ:
         return None
     tasks = environ.get("SLURM_NTASKS", "1")
     if not all(name in environ for name in _SLURM):
+        if "PMI_SIZE" in environ:  # another launcher's, in an allocation of Slurm's
+            return None
         note = ""
         if tasks != "1":
             note = (
@@ -167,19 +165,22 @@ def _devices_of_local_rank(environ: Mapping[str, str], tasks: str) -> dict[str, 
     return {}
 
 
-def _other_mpi(environ: Mapping[str, str], has_package: Any) -> Plan | None:
+def _other_mpi(environ: Mapping[str, str], has_package: HasPackage) -> Plan | None:
     count = environ.get("PMI_SIZE", "1")
     if not count.isdecimal() or int(count) <= 1:
         return None
+    return _by_mpi4py(f"MPICH or Intel MPI started {count}", has_package)
+
+
+def _by_mpi4py(started: str, has_package: HasPackage) -> Plan:
     if has_package("mpi4py"):
         return Plan("connect", {"cluster_detection_method": "mpi4py"})
     raise ConfigError(
-        f"MPICH or Intel MPI started {count} processes, which JAX connects with the package "
-        f"mpi4py only: install it; or {_ADVICE}"
+        f"{started} processes, which JAX connects with the package mpi4py: install it; or {_ADVICE}"
     )
 
 
-def _kubernetes(environ: Mapping[str, str], has_package: Any) -> Plan | None:
+def _kubernetes(environ: Mapping[str, str], has_package: HasPackage) -> Plan | None:
     if "KUBERNETES_SERVICE_HOST" not in environ:
         return None
     if "JOB_COMPLETION_INDEX" not in environ:
@@ -193,7 +194,7 @@ def _kubernetes(environ: Mapping[str, str], has_package: Any) -> Plan | None:
     )
 
 
-def _half_given(environ: Mapping[str, str], has_package: Any) -> Plan | None:
+def _half_given(environ: Mapping[str, str], has_package: HasPackage) -> Plan | None:
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     if address is None:
         return None

@@ -9,9 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from agr_jax.distributed._processes import current
-from agr_jax.distributed._watch import LOST_PROCESS, Watch, end_now
-
-__all__ = ["LOST_PROCESS", "finish", "is_about_lost_process", "leave"]
+from agr_jax.distributed._watch import Watch, end_now
 
 watch: Watch | None = None
 """Of this process, where it has others beside it."""
@@ -51,6 +49,8 @@ def wait_for_watch() -> None:
 
 def is_about_lost_process(error: BaseException) -> bool:
     """Whether an error, or what caused it, is of a collective that another process has left."""
+    if current().count == 1:
+        return False
     seen: BaseException | None = error
     while seen is not None:
         if any(sign in str(seen).lower() for sign in _SIGNS):

@@ -32,14 +32,14 @@ _HEARTBEAT_SECONDS = 25
 def start(plan: Plan, facts: Mapping[str, Any] = MappingProxyType({})) -> Processes:
     """Connects with the other processes of a plan; before anything starts JAX's backend.
 
+    Where JAX cannot find the others, or not all of them come, it ends the process with a line.
+
     Args:
         plan: from `detect`.
         facts: JSON values that must be the same in all processes, by what they are.
 
     Returns:
         This process among all.
-
-    Where JAX cannot find the others, or not all of them come, it ends the process with a line.
 
     Raises:
         ConfigError: if the others run other code than this one, or were started otherwise.

@@ -67,7 +67,7 @@ class Watch:
                 listener.settimeout(max(until - time.monotonic(), 0.01))
                 peer, _ = listener.accept()
                 peer.settimeout(_SECONDS_TO_CONNECT)
-                said = _receive(peer.makefile("rb")) or {}
+                said = _receive(peer.makefile("rb"))
                 index = said.get("process")
                 if secrets.compare_digest(str(said.get("token")), token) and index is not None:
                     self._peers[int(index)] = peer
@@ -76,11 +76,12 @@ class Watch:
 
     def _listen(self, index: int, peer: socket.socket) -> None:
         """Waits for what a peer says, or for its end."""
-        with contextlib.suppress(OSError), peer.makefile("rb") as stream:
+        said: dict[str, Any] = {}
+        with contextlib.suppress(OSError), peer.makefile("rb") as stream:  # also if it is reset
             said = _receive(stream)
-        if self._over or (said is not None and said.get("done")):
+        if self._over or said.get("done"):
             return
-        reason = (said or {}).get("reason") or f"Process {index} has ended without a word."
+        reason = said.get("reason") or f"Process {index} has ended without a word."
         # From this thread: the main one may never return from a collective.
         self.leave(
             f"process {self._processes.index} stops too; what was saved stays, and the same "
@@ -125,11 +126,11 @@ def _send(peer: socket.socket, message: dict[str, Any]) -> None:
     peer.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(stream: Any) -> dict[str, Any] | None:
-    """One message; `None` where the connection ended instead."""
+def _receive(stream: Any) -> dict[str, Any]:
+    """One message; an empty one where the connection ended instead."""
     line = stream.readline(1 << 16)
     try:
         message = json.loads(line)
     except ValueError:
-        return None
-    return message if isinstance(message, dict) else None
+        return {}
+    return message if isinstance(message, dict) else {}

@@ -69,7 +69,7 @@ def correct_under_attack(
             continue
         started = time.perf_counter()
         # One program serves all batches.
-        filled = sharding.filled_up(rows, mesh, batch_size)
+        filled = sharding.filled_up(rows, batch_size, mesh)
         keys = jax.vmap(functools.partial(jax.random.fold_in, root))(filled)
         batch = sharding.put(
             (split.images[filled], split.labels[filled], keys), sharding.batch_sharding(mesh)

@@ -141,7 +141,7 @@ def _carried_over(
     path: Path, record: Mapping[str, Any], meant: record_files.Maker
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a file has of this evaluation, and what else it has, which stays in it too."""
-    stored = distributed.from_first(lambda: record_files.read(path))
+    stored = record_files.read(path)
     # The images' digest is the same wherever they are stored, while what describes them names the
     # folder; but files of earlier versions have no digests.
     images = "digests" if "digests" in stored else "data"

@@ -158,6 +158,7 @@ def is_part(path: Path) -> bool:
     return file_title(path) != path.stem
 
 
+@distributed.decided_by_first
 def read(path: Path) -> dict[str, Any]:
     """A file's content, or nothing where there is no file.
 

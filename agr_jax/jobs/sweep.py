@@ -171,6 +171,8 @@ def run(sweep: Sweep, part: Part = Part()) -> int:
     failed: dict[str, str] = {}
     by_name = {planned.name: planned for planned in sweep.runs}
     for number, planned in enumerate(runs, 1):
+        if not what_is_missing(sweep, planned):
+            continue
         left = [p for p in runs[number - 1 :] if p.name not in failed]
         title = f"[{number}/{len(runs)}] {planned.name}: {time_left(sweep, left)}"
         for each in (by_name.get(planned.base), planned):
@@ -289,6 +291,7 @@ def _complete(sweep: Sweep, planned: PlannedRun, missing: Sequence[str]) -> int:
     return 0
 
 
+@distributed.decided_by_first
 def _is_measured(folder: Path, planned: PlannedRun, name: str) -> bool:
     """Whether the last checkpoint has this measurement, of the run's last epoch."""
     try:
@@ -299,6 +302,7 @@ def _is_measured(folder: Path, planned: PlannedRun, name: str) -> bool:
         return False
 
 
+@distributed.decided_by_first
 def _is_done(folder: Path, planned: PlannedRun, wanted: Evaluation) -> bool:
     """Whether the last checkpoint has this evaluation, and the average if the run keeps one."""
     kept = ("last", "average") if planned.config.averaging.decay else ("last",)
