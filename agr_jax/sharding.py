@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,13 +113,17 @@ def put(tree: Any, where: NamedSharding) -> Any:
 def _put(array: Any, where: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array):
         if not array.is_fully_addressable:  # on all devices already
-            return jax.jit(lambda x: x, out_shardings=where)(array)
+            return _placer(where)(array)
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             data = _put(jax.random.key_data(array), where)
-            implementation = jax.random.key_impl(array)
-            return jax.jit(lambda d: jax.random.wrap_key_data(d, impl=implementation))(data)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+@functools.cache
+def _placer(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=where)
 
 
 def put_rows(
@@ -166,14 +171,14 @@ def get(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def local_devices(mesh: Mesh) -> list[jax.Device]:
-    """Those of this process."""
-    return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+def shareable(count: int, mesh: Mesh | None) -> int:
+    """So many rows, or a few more, so that the devices can share them evenly."""
+    return count if mesh is None else count + -count % mesh.size
 
 
-def filled_up(rows: np.ndarray, mesh: Mesh, count: int) -> np.ndarray:
-    """Rows, and the last one again: `count` of them, or more so that the devices can share them."""
-    return np.concatenate([rows, np.repeat(rows[-1:], count + -count % mesh.size - len(rows))])
+def filled_up(rows: np.ndarray, count: int, mesh: Mesh | None) -> np.ndarray:
+    """Rows, and the last one again until there are `shareable(count, mesh)`."""
+    return np.concatenate([rows, np.repeat(rows[-1:], shareable(count, mesh) - len(rows))])
 
 
 def per_device(

@@ -105,7 +105,8 @@ class _Taken(Split):
     def __init__(self, whole: Split, rows: np.ndarray) -> None:
         object.__setattr__(self, "labels", whole.labels[rows])
         object.__setattr__(self, "_whole", whole)
-        object.__setattr__(self, "_rows", np.asarray(rows))
+        # Whatever picks rows of an array: numbers from the end, a mask, a slice.
+        object.__setattr__(self, "_rows", np.arange(len(whole))[rows])
         if not len(self):
             raise DataError("a split must hold at least one image, found none")
 

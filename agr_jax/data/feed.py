@@ -139,9 +139,7 @@ class Feed:
     def __init__(self, images: TrainingImages, mesh: Mesh, *, budget_mb: int = 0) -> None:
         self._images, self._mesh = images, mesh
         # Another budget in another process would be another program there.
-        budget = budget_mb * 10**6 or distributed.from_first(
-            lambda: _budget(sharding.local_devices(mesh))
-        )
+        budget = budget_mb * 10**6 or distributed.from_first(lambda: _budget(mesh.local_devices))
         self.on_device = images.nbytes <= budget
         self._everything: dict[str, jax.Array] = {}
         if self.on_device:

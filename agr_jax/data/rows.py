@@ -42,6 +42,8 @@ class RowReader:
         """A copy of the rows, in the order asked for."""
         if self._file is None:
             return self._array[rows]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._array):
+            raise IndexError(f"rows must lie in 0..{len(self._array) - 1}, got {rows}")
         found = np.empty([len(rows), *self._array.shape[1:]], self._array.dtype)
         size = self._array[:1].nbytes
         content = found.reshape(-1).view(np.uint8).data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ class Accumulated(Method):
         parts: in how many parts; the batch is a multiple of it.
     """
 
-    title: ClassVar[str] = ""
     method: Method
     parts: int
 

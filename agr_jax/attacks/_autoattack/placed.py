@@ -56,12 +56,12 @@ class Placed:
 
     def network(self, shape: int) -> Traced:
         """The network for batches of a shape, its arrays on the devices."""
-        return self._network(self.filled_up(shape))
+        return self._network(self.rows_of(shape))
 
     def network_of_device(self, shape: int) -> Traced:
         """The network for the part of a batch that one device gets."""
         devices = 1 if self.per_device is None else self.per_device.size
-        return self._network(self.filled_up(shape) // devices)
+        return self._network(self.rows_of(shape) // devices)
 
     def _network(self, rows: int) -> Traced:
         if rows not in self._networks:
@@ -92,14 +92,14 @@ class Placed:
 
     def filled(self, rows: np.ndarray, shape: int) -> np.ndarray:
         """Rows, and the last one again until there are enough for a shape."""
-        return np.concatenate([rows, np.repeat(rows[-1:], self.filled_up(shape) - len(rows))])
+        return sharding.filled_up(rows, shape, self.mesh)
 
-    def filled_up(self, shape: int) -> int:
-        """So many images are on the devices for a shape: as many as they can share evenly.
+    def rows_of(self, shape: int) -> int:
+        """So many rows are on the devices for a shape.
 
         The shape itself does not depend on the devices: so neither does what is kept on disk.
         """
-        return shape if self.mesh is None else shape + -shape % self.mesh.size
+        return sharding.shareable(shape, self.mesh)
 
     def key_of_batch(self, rows: np.ndarray, stream: int) -> jax.Array:
         """That of its first image, for what a whole batch draws."""

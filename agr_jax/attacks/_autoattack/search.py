@@ -95,7 +95,7 @@ def _search_in_stages(
         elif len(kept) < len(is_open):
             # The batch keeps its shape: those that are fooled stay, untouched, at its end.
             order = np.concatenate([kept, np.flatnonzero(~is_open)])
-            order = np.concatenate([order, np.arange(len(order), placed.filled_up(shape))])
+            order = np.concatenate([order, np.arange(len(order), placed.rows_of(shape))])
             state = _reordered(placed, state, order)
             arguments = tuple(part[order] for part in arguments)
     return placed.split(points)
