@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,9 @@ def evaluate(name: str, target: Path) -> None:
         target.write_text(json.dumps(masks))
 
 
-def work(options: argparse.Namespace) -> None:
-    """One process of an arrangement."""
+@contextmanager
+def joined(options: argparse.Namespace) -> Iterator[None]:
+    """This process together with the others of its arrangement, as `start` told it."""
     from agr_jax import distributed, jobs
 
     with jobs.ending_with_one_line():
@@ -221,8 +223,21 @@ def work(options: argparse.Namespace) -> None:
                 process=options.process,
             )
         )
-        {"steps": take_steps, "verdicts": evaluate}[options.what](options.name, options.target)
+        yield
         distributed.finish()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Those that `start` gives to each process."""
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+
+
+def work(options: argparse.Namespace) -> None:
+    """One process of an arrangement."""
+    with joined(options):
+        {"steps": take_steps, "verdicts": evaluate}[options.what](options.name, options.target)
 
 
 # ---- the comparisons
@@ -309,11 +324,10 @@ def main() -> None:
     parser.add_argument("--names", help="methods, or attacks, separated by commas")
     parser.add_argument("--arrangements", help="such as 1x1,2x2")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    for name in ("what", "name", "coordinator"):
+    for name in ("what", "name"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--target", type=Path)
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
+    add_flags(parser)
     options = parser.parse_args()
     if options.action == "work":
         work(options)

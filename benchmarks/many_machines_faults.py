@@ -89,9 +89,11 @@ def work(arguments: list[str]) -> None:
         while not (folder / f"raise-{process}").is_file():
             time.sleep(0.01)
         (folder / f"raise-{process}").unlink()
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(main or 0), ctypes.py_object(ArithmeticError)
-        )
+        while True:  # whoever is at work may swallow one
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(main or 0), ctypes.py_object(ArithmeticError)
+            )
+            time.sleep(1)
 
     threading.Thread(target=watch, daemon=True).start()
     sys.argv = ["launch.py", *SETTINGS, *arguments]
@@ -219,7 +221,9 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="number of the first fault")
     parser.add_argument("--table", type=Path, help="a file to append the rows to")
+    parser.add_argument("--phases", default=",".join(PHASES), help="separated by commas")
     options = parser.parse_args()
+    phases = options.phases.split(",")
     worst, hangs, lost, other_bits = 0.0, 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         expected = {}
@@ -233,8 +237,8 @@ def main() -> None:
         for number in range(options.first, options.first + options.faults):
             fault = Fault(
                 ("2x1", "2x2")[number // 2 % 2],
-                PHASES[number % len(PHASES)],
-                KINDS[number // 5 % len(KINDS)],
+                phases[number % len(phases)],
+                KINDS[number // len(phases) % len(KINDS)],
                 number % 2,
             )
             folder = Path(temporary) / f"run-{number}"

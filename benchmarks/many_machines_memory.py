@@ -5,7 +5,8 @@
 CIFAR-10 from its archive or folder, 1,000 images of it held out, for 1, 2 and 4 CPU processes: one
 epoch of batches of 128 goes to the devices, which drop them. Counted after each batch, above what
 the process had before the data set was read: anonymous memory, which is the process's own, and
-resident pages of the mapped file. The decoded cache is made beforehand.
+resident pages of the mapped file. What goes over the network (here, the loopback) meanwhile is
+counted too. The decoded cache is made beforehand.
 """
 
 from __future__ import annotations
@@ -32,24 +33,22 @@ def memory_mb() -> dict[str, float]:
     return {"anonymous": int(fields["RssAnon"].split()[0]) / 1024, "mapped": mapped / 1024}
 
 
+def sent_mb() -> float:
+    """What all processes of this machine have sent to each other so far, and all else has."""
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines) / 2**20
+
+
 def work(options: argparse.Namespace) -> None:
     """One process."""
     import jax
     import numpy as np
 
-    from agr_jax import data, distributed, jobs, sharding
+    from agr_jax import data, distributed, sharding
     from agr_jax.data import Split
     from agr_jax.data.feed import Feed, TrainingImages
 
-    with jobs.ending_with_one_line():
-        distributed.start(
-            distributed.detect(
-                {},
-                coordinator=options.coordinator,
-                processes=options.processes,
-                process=options.process,
-            )
-        )
+    with arrangements.joined(options):
         mesh = sharding.data_mesh()
         one = jax.jit(lambda images, labels: images.sum() + labels.sum())
         rows = sharding.put_rows(
@@ -75,17 +74,15 @@ def work(options: argparse.Namespace) -> None:
         assert not feed.on_device
         sizes = [128] * (len(dataset.train) // 128)
         _, batches = feed.epoch(images.order(jax.random.key(0), 0, sizes), sizes, 0)
-        with jax.transfer_guard_device_to_device("disallow"):
-            for batch in batches:
-                one(**batch).block_until_ready()
-                now = memory_mb()
-                peak = {name: max(peak[name], now[name] - before[name]) for name in now}
-        found = {
-            **peak,
-            "set": images.nbytes / 2**20,
-        }
+        sent = sent_mb()
+        for batch in batches:
+            one(**batch).block_until_ready()
+            if options.gather:
+                sharding.get(batch["images"])
+            now = memory_mb()
+            peak = {name: max(peak[name], now[name] - before[name]) for name in now}
+        found = {**peak, "set": images.nbytes / 2**20, "sent": sent_mb() - sent}
         Path(f"{options.target}.{distributed.current().index}").write_text(json.dumps(found))
-        distributed.finish()
 
 
 def main() -> None:
@@ -94,30 +91,32 @@ def main() -> None:
     parser.add_argument("action", nargs="?", choices=["work"])
     parser.add_argument("--data", required=True, help="the archive or folder of CIFAR-10")
     parser.add_argument("--target", type=Path)
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
+    parser.add_argument("--gather", action="store_true", help="gather all images on purpose")
+    arrangements.add_flags(parser)
     options = parser.parse_args()
     if options.action == "work":
         work(options)
         return
     print(
         "| processes | the set, MB | anonymous, most of any process, MB | allowed: 1/N + 15 % | "
-        "mapped, MB |\n|---|---|---|---|---|"
+        "mapped, MB | sent, MB |\n|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for count in (1, 1, 2, 4):  # the first one makes the cache
+        # The first one makes the cache; the last one shows that what is sent would be seen.
+        for count, gather in ((1, False), (1, False), (2, False), (4, False), (2, True)):
             target = Path(folder) / f"{count}"
             printed = [Path(f"{target}.{i}.txt") for i in range(count)]
             command = [__file__, "work", f"--data={options.data}", f"--target={target}"]
+            command += ["--gather"] if gather else []
             statuses = arrangements.wait(arrangements.start(f"{count}x1", command, printed=printed))
             if any(statuses):
                 sys.exit("\n".join(path.read_text() for path in printed))
             found = [json.loads(Path(f"{target}.{i}").read_text()) for i in range(count)]
             most = {name: max(each[name] for each in found) for name in found[0]}
+            title = f"{count}, gathering on purpose" if gather else str(count)
             print(
-                f"| {count} | {most['set']:.0f} | {most['anonymous']:.0f} | "
-                f"{1.15 * most['set'] / count:.0f} | {most['mapped']:.0f} |",
+                f"| {title} | {most['set']:.0f} | {most['anonymous']:.0f} | "
+                f"{1.15 * most['set'] / count:.0f} | {most['mapped']:.0f} | {most['sent']:.1f} |",
                 flush=True,
             )
 

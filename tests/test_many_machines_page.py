@@ -1,5 +1,6 @@
 """The scripts of docs/many-machines.md, as far as they can be tried without a cluster."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,11 +10,11 @@ import pytest
 import yaml
 from absl import flags
 
-import launch
 from agr_jax import distributed
 from agr_jax.config import check_field_name
 from agr_jax.jobs import JOBS, sweep
 
+importlib.import_module("launch")  # defines the flags
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "many-machines.md").read_text()
 SHELL = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
@@ -64,7 +65,6 @@ def test_every_line_is_one_that_the_program_takes(words):
         numbers = {name: int(processes[name]) for name in ("processes", "process")}
         plan = distributed.detect({}, coordinator=given["coordinator"], **numbers)
         assert plan.kind == "connect"
-    assert launch.main
 
 
 def test_flags_of_the_page_exist():

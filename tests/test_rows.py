@@ -88,5 +88,12 @@ def test_examples_taken_from_a_file_are_read_when_asked_for(saved):
         np.testing.assert_array_equal(again.labels, expected.labels[some])
         assert "images" not in vars(found)
         np.testing.assert_array_equal(found.images, expected.images)
+    for picks in (labels % 7 == 3, np.array([-1, -50]), slice(3, 9, 2)):
+        expected, found = (split.take(picks) for split in (in_memory, in_file))
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+    for rows in (np.array([50]), np.array([-1])):
+        with pytest.raises(IndexError, match=r"must lie in 0\.\.49"):
+            in_file.read(rows)
     with pytest.raises(DataError, match="at least one image"):
         in_file.take(np.array([], int))
